@@ -1,0 +1,1 @@
+"""The launcher: plans, starts and supervises the shards and the router."""
