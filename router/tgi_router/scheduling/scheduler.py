@@ -1,0 +1,189 @@
+"""Who runs next: a pure function of state. No I/O and no clock; sequences, budgets and blocks in, a plan out.
+
+The order of a plan:
+1. Drop what ended, was cancelled or was preempted since the last plan. Plans run strictly in order, so the blocks of a
+   dropped sequence may be granted again in the same plan.
+2. Sequences with one pending token (decodes) run, oldest first. Each may need a block; when none is left, the youngest
+   running sequence is preempted: it leaves the shards and waits at the front of the queue. Its tokens stay with us, and
+   most of its blocks with the prefix cache.
+3. What is left of the token budget goes to prompts under way, oldest first, chunk by chunk.
+4. Then waiting sequences are admitted, first come first served, while budget, blocks and places last.
+
+A plan may be made while earlier ones are still in flight: a sequence whose next token is not known yet is planned as if
+it went on. What a result then ends has been computed once too often, and that surplus token is ignored.
+"""
+
+from dataclasses import dataclass
+
+from tgi_router.request import SampledToken
+from tgi_router.scheduling.block_allocator import BlockAllocator, ceil_div
+from tgi_router.scheduling.plan import AddedSequence, Row, StepPlan, StepResult
+from tgi_router.scheduling.prefix_cache import block_key
+from tgi_router.scheduling.queue import WaitingQueue
+from tgi_router.scheduling.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_step_tokens: int  # tokens in one plan; decodes are never held back by it
+    max_sequences: int  # running at a time
+
+
+class Scheduler:
+    def __init__(self, limits: Limits, allocator: BlockAllocator) -> None:
+        assert limits.max_step_tokens > limits.max_sequences  # else decodes alone could starve every prompt
+        self.limits = limits
+        self.allocator = allocator
+        self.waiting = WaitingQueue()
+        self.running: dict[int, Sequence] = {}  # by sequence id, oldest first
+        self.num_preemptions = 0
+        self.num_hit_tokens = 0  # prompt tokens found in the prefix cache
+        self._to_drop: list[int] = []
+        self._last_step_id = 0
+
+    # What the world tells the scheduler
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence is over: finished, cancelled or failed. Does nothing if it is over already."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif self.running.pop(sequence.sequence_id, None) is not None:
+            self._leave_shards(sequence)
+
+    def restart(self, allocator: BlockAllocator) -> None:
+        """The shards lost everything: all that ran waits again, in the old order, for a fresh set of blocks."""
+        for sequence in reversed(self.running.values()):
+            sequence.forget_shards()
+            self.waiting.return_to_front(sequence)
+        for sequence in self.waiting:
+            sequence.num_plans_in_flight = 0
+        self.running.clear()
+        self._to_drop.clear()
+        self.allocator = allocator
+        self._last_step_id = 0
+
+    # What it answers
+
+    def plan(self) -> StepPlan | None:
+        """The next step. None if nothing can run now."""
+        plan = StepPlan(self._last_step_id + 1)
+        self._run_decodes(plan)
+        budget = self.limits.max_step_tokens - len(plan.rows)
+        budget = self._run_prompts(plan, budget)
+        self._admit(plan, budget)
+        plan.drop, self._to_drop = self._to_drop, []
+        if not plan.rows and not plan.drop:
+            return None
+        self._last_step_id = plan.step_id
+        return plan
+
+    def confirm(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, SampledToken]]:
+        """Take a result in: blocks that became full are shared from now on. Returns the tokens for sequences still alive."""
+        confirmed: list[tuple[Sequence, SampledToken]] = []
+        for row in plan.rows:
+            sequence = row.sequence
+            sequence.num_plans_in_flight -= 1
+            is_running = sequence.sequence_id in self.running
+            if is_running:
+                sequence.num_computed += row.num_tokens
+                self._publish_blocks(sequence)
+            token = result.tokens.get(sequence.sequence_id)
+            # A preempted sequence waits, and keeps the token that was under way; one that ended drops its surplus.
+            if row.samples and token is not None and (is_running or sequence in self.waiting):
+                sequence.token_ids.append(token.token_id)
+                if not is_running:
+                    sequence.num_planned_tokens = len(sequence.token_ids)
+                confirmed.append((sequence, token))
+        return confirmed
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.waiting and not self._to_drop
+
+    # The parts of a plan
+
+    def _run_decodes(self, plan: StepPlan) -> None:
+        for sequence in list(self.running.values()):
+            if sequence.sequence_id not in self.running or sequence.num_pending != 1:
+                continue  # preempted a moment ago, or a prompt, or all its output is on its way
+            new_block_ids = self._grow(sequence)
+            if new_block_ids is not None:
+                self._run(plan, sequence, 1, new_block_ids)
+
+    def _grow(self, sequence: Sequence) -> tuple[int, ...] | None:
+        """Room for one more token, at the cost of the youngest. None if the sequence itself had to give way."""
+        num_blocks = ceil_div(sequence.num_planned_computed + 1, self.allocator.block_size)
+        while (block_ids := self.allocator.take(num_blocks - len(sequence.block_ids))) is None:
+            youngest = next(reversed(self.running.values()))
+            self._preempt(youngest)
+            if youngest is sequence:
+                return None
+        sequence.block_ids.extend(block_ids)
+        return block_ids
+
+    def _preempt(self, sequence: Sequence) -> None:
+        del self.running[sequence.sequence_id]
+        self._leave_shards(sequence)
+        sequence.forget_shards()
+        self.waiting.return_to_front(sequence)
+        self.num_preemptions += 1
+
+    def _leave_shards(self, sequence: Sequence) -> None:
+        self.allocator.release(sequence.block_ids)
+        if sequence.is_on_shards:
+            self._to_drop.append(sequence.sequence_id)
+
+    def _run_prompts(self, plan: StepPlan, budget: int) -> int:
+        for sequence in self.running.values():
+            if budget <= 0:
+                break
+            if sequence.num_pending > 1:
+                # Blocks for the whole prompt were granted at admission.
+                budget -= self._run(plan, sequence, min(sequence.num_pending, budget), ())
+        return budget
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        while budget > 0 and len(self.running) < self.limits.max_sequences:
+            sequence = self.waiting.peek()
+            # A preempted sequence comes back once the results under way have told all its tokens.
+            if sequence is None or sequence.num_plans_in_flight > 0:
+                break
+            # Who runs already needs a block now and then: admitting must not lead to preempting at once.
+            allocation = self.allocator.allocate(
+                sequence.token_ids,
+                use_cache=not sequence.wants_prompt_logprobs,  # a cached token has no logits
+                reserve=len(self.running),
+            )
+            if allocation is None:
+                break
+            self.waiting.remove(sequence)
+            self.running[sequence.sequence_id] = sequence
+            sequence.block_ids = list(allocation.block_ids)
+            sequence.num_planned_computed = sequence.num_computed = allocation.num_cached_tokens
+            sequence.is_on_shards = True
+            self.num_hit_tokens += allocation.num_cached_tokens
+            plan.add.append(AddedSequence(sequence, allocation.num_cached_tokens))
+            budget -= self._run(plan, sequence, min(sequence.num_pending, budget), allocation.block_ids)
+
+    def _run(
+        self, plan: StepPlan, sequence: Sequence, num_tokens: int, new_block_ids: tuple[int, ...]
+    ) -> int:
+        sequence.num_planned_computed += num_tokens
+        samples = sequence.num_planned_computed == sequence.num_planned_tokens
+        if samples:
+            sequence.num_planned_tokens += 1
+        sequence.num_plans_in_flight += 1
+        plan.rows.append(Row(sequence, num_tokens, new_block_ids, samples))
+        return num_tokens
+
+    def _publish_blocks(self, sequence: Sequence) -> None:
+        size = self.allocator.block_size
+        while (sequence.num_published_blocks + 1) * size <= sequence.num_computed:
+            start = sequence.num_published_blocks * size
+            key = block_key(sequence.last_published_key, sequence.token_ids[start : start + size])
+            self.allocator.publish(key, sequence.block_ids[sequence.num_published_blocks])
+            sequence.last_published_key = key
+            sequence.num_published_blocks += 1

@@ -1,0 +1,249 @@
+"""State -> plan -> result -> state, two plans ahead of the results.
+
+While the shards compute plan n, plan n+1 already waits at their door, so the device never waits for us. One task drives
+everything; listeners are called from it, in order. When the shards are lost it waits until they are back, puts every
+living sequence into the queue again and goes on: listeners notice a pause and nothing else.
+"""
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from tgi_router.metrics import Metrics
+from tgi_router.request import Listener, Request
+from tgi_router.scheduling import recovery
+from tgi_router.scheduling.block_allocator import BlockAllocator
+from tgi_router.scheduling.plan import StepPlan, StepResult
+from tgi_router.scheduling.scheduler import Limits, Scheduler
+from tgi_router.scheduling.sequence import Sequence
+from tgi_router.shards.client import ModelFacts, ShardsLost, WarmupSizes
+from tgi_router.shards.group import GroupStream, ShardGroup
+
+MAX_PLANS_IN_FLIGHT = 2
+MIN_PROMPT_TOKENS = 64  # of every plan, beside a full house of decodes: prompts always make progress
+
+log = structlog.get_logger(__name__)
+
+
+class SequenceFailed(Exception):
+    """One sequence cannot go on; the text is for its client."""
+
+
+class ShardsGone(Exception):
+    """The shards are away and nobody will wait for them any longer."""
+
+
+class StepLoop:
+    def __init__(
+        self,
+        group: ShardGroup,
+        metrics: Metrics,
+        *,
+        max_batch_prefill_tokens: int,
+        max_total_tokens: int | None,
+        max_sequences: int,
+        max_kv_tokens: int | None = None,  # a cap on what the shards offer
+        share_prefixes: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._group = group
+        self._metrics = metrics
+        self._limits = Limits(
+            max_step_tokens=max(max_batch_prefill_tokens, max_sequences + MIN_PROMPT_TOKENS),
+            max_sequences=max_sequences,
+        )
+        self._sizes = WarmupSizes(self._limits.max_step_tokens, max_total_tokens or 0, max_sequences)
+        self._max_kv_tokens = max_kv_tokens
+        self._share_prefixes = share_prefixes
+        self._clock = clock
+        self._facts: ModelFacts | None = None
+        self._scheduler = Scheduler(self._limits, BlockAllocator(0, 1))
+        self._sequences: dict[int, Sequence] = {}  # the living, by sequence id
+        self._sequence_ids = itertools.count(1)
+        self._in_flight: deque[tuple[StepPlan, float]] = deque()  # with the time each was sent
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._task: asyncio.Task[None] | None = None
+        self._are_shards_back = False
+
+    @property
+    def model(self) -> ModelFacts:
+        assert self._facts is not None, "start() has not returned"
+        return self._facts
+
+    @property
+    def is_healthy(self) -> bool:
+        """False while the shards are away."""
+        return self._are_shards_back
+
+    async def start(self) -> None:
+        """Reach the shards, warm them up, and begin. Waits as long as it takes."""
+        self._accept(await recovery.connect(self._group, self._sizes, self._clock))
+        self._task = asyncio.create_task(self._serve())
+
+    def submit(self, request: Request, listener: Listener) -> int:
+        sequence = Sequence.of(next(self._sequence_ids), request, listener)
+        self._sequences[sequence.sequence_id] = sequence
+        self._scheduler.add(sequence)
+        self._idle.clear()
+        self._wake.set()
+        self._metrics.tgi_queue_size.set(len(self._scheduler.waiting))
+        return sequence.sequence_id
+
+    def cancel(self, sequence_id: int) -> None:
+        """Its client is gone: no listener call follows. Does nothing if the sequence is over."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            self._end(sequence)
+            self._wake.set()
+
+    def fail_all(self, error: Exception) -> None:
+        for sequence in list(self._sequences.values()):
+            self._end(sequence)
+            sequence.listener.on_error(error)
+
+    async def drain(self) -> None:
+        """Wait until every sequence is over. If the shards are away, nobody knows for how long: all fail at once."""
+        if not self._are_shards_back:
+            self.fail_all(ShardsGone("the model shards are not available"))
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._group.close()
+
+    # The loop
+
+    async def _serve(self) -> None:
+        while True:
+            stream = self._group.open(self._wake.set)
+            try:
+                await self._run_steps(stream)
+            except ShardsLost as error:
+                log.error("Lost the shards", reason=str(error), sequences=len(self._sequences))
+            finally:
+                await stream.close()
+            self._are_shards_back = False
+            lost_at = self._clock()
+            self._accept(await recovery.connect(self._group, self._sizes, self._clock))
+            self._metrics.tgi_recoveries.inc()
+            log.info(
+                "The shards are back",
+                seconds=round(self._clock() - lost_at, 3),
+                resumed_sequences=len(self._scheduler.waiting),
+            )
+
+    def _accept(self, facts: ModelFacts) -> None:
+        """Shards with nothing on them: every living sequence starts over from its tokens."""
+        if self._facts is None:
+            self._facts = facts
+        num_blocks = facts.num_blocks
+        if self._max_kv_tokens is not None:
+            num_blocks = min(num_blocks, self._max_kv_tokens // facts.block_size)
+        allocator = BlockAllocator(num_blocks, facts.block_size, share_prefixes=self._share_prefixes)
+        self._in_flight.clear()
+        self._scheduler.restart(allocator)
+        self._metrics.tgi_kv_blocks_total.set(num_blocks)
+        self._are_shards_back = True
+
+    async def _run_steps(self, stream: GroupStream) -> None:
+        """Until the shards are lost: raises ShardsLost."""
+        while True:
+            self._wake.clear()
+            while stream.results:
+                self._take(stream.results.popleft())
+            if stream.lost is not None:
+                raise stream.lost
+            while len(self._in_flight) < MAX_PLANS_IN_FLIGHT and (plan := self._plan()) is not None:
+                await stream.send(plan)
+                self._in_flight.append((plan, self._clock()))
+            if not self._wake.is_set():
+                self._observe()
+                await self._wake.wait()
+
+    def _plan(self) -> StepPlan | None:
+        plan = self._scheduler.plan()
+        while (
+            plan is None and not self._in_flight and (sequence := scheduler.waiting.peek()) is not None
+        ):
+            # Nothing runs and still there is no room: this one needs more blocks than there are.
+            self._fail(
+                sequence,
+                f"{len(sequence.token_ids)} tokens do not fit into the KV cache of "
+                f"{scheduler.allocator.num_blocks} blocks of {scheduler.allocator.block_size} tokens",
+            )
+            plan = scheduler.plan()
+        if plan is None:
+            return None
+        for row in plan.rows:
+            if not row.sequence.was_scheduled:
+                row.sequence.was_scheduled = True
+                row.sequence.listener.on_scheduled()
+        if plan.rows:
+            self._metrics.tgi_batch_inference_count.labels(method_of(plan)).inc()
+        if plan.add:
+            self._metrics.tgi_batch_next_size.observe(len(plan.add))
+        return plan
+
+    def _take(self, result: StepResult) -> None:
+        if not self._in_flight or self._in_flight[0][0].step_id != result.step_id:
+            raise ShardsLost(f"the shards answered step {result.step_id}, which is not the oldest in flight")
+        plan, sent_at = self._in_flight.popleft()
+        for sequence_id, message in result.failed.items():
+            if (sequence := self._sequences.get(sequence_id)) is not None:
+                self._fail(sequence, message)
+        for piece in result.prompt_logprobs:
+            if (sequence := self._sequences.get(piece.sequence_id)) is not None:
+                known = max(sequence.num_prompt_logprobs - piece.start_position, 0)  # told before a restart
+                if known < len(piece.logprobs):
+                    sequence.listener.on_prompt_logprobs(piece.start_position + known, piece.logprobs[known:])
+                    sequence.num_prompt_logprobs = piece.start_position + len(piece.logprobs)
+        for sequence, token in self._scheduler.confirm(plan, result):
+            if sequence.listener.on_token(token) is not None:
+                self._end(sequence)
+        if plan.rows:
+            self._record(plan, result, sent_at)
+
+    def _fail(self, sequence: Sequence, message: str) -> None:
+        self._end(sequence)
+        sequence.listener.on_error(SequenceFailed(message))
+
+    def _end(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.sequence_id]
+        if not self._sequences:
+            self._idle.set()
+
+    # What /metrics shows
+
+    def _record(self, plan: StepPlan, result: StepResult, sent_at: float) -> None:
+        method = method_of(plan)
+        self._metrics.tgi_batch_inference_success.labels(method).inc()
+        self._metrics.tgi_batch_inference_duration.labels(method).observe(self._clock() - sent_at)
+        self._metrics.tgi_batch_forward_duration.labels(method).observe(result.forward_s)
+        self._metrics.tgi_batch_decode_duration.labels(method).observe(result.sample_s)
+
+    def _observe(self) -> None:
+        scheduler, metrics = self._scheduler, self._metrics
+        metrics.tgi_queue_size.set(len(scheduler.waiting))
+        metrics.tgi_batch_current_size.set(len(scheduler.running))
+        metrics.tgi_batch_current_max_tokens.set(
+            sum(
+                sequence.num_prompt_tokens + sequence.request.max_new_tokens
+                for sequence in scheduler.running.values()
+            )
+        )
+        metrics.tgi_kv_blocks_used.set(scheduler.allocator.num_held)
+        metrics.tgi_prefix_cache_blocks.set(len(scheduler.allocator.prefix_cache))
+
+
+def method_of(plan: StepPlan) -> str:
+    """TGI's two words for a step: one that processes any prompt token is a prefill."""
+    return "prefill" if any(row.num_tokens > 1 for row in plan.rows) else "decode"

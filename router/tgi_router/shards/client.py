@@ -1,0 +1,194 @@
+"""One shard over gRPC: plans and results <-> generate.proto. The only router file that knows tgi_proto."""
+
+import asyncio
+from dataclasses import dataclass
+from itertools import islice
+
+import grpc
+from grpc import aio
+from tgi_proto import generate_pb2 as pb
+from tgi_proto import generate_pb2_grpc as pb_grpc
+
+from tgi_router.request import SampledToken
+from tgi_router.scheduling.plan import AddedSequence, PromptLogprobs, StepPlan, StepResult
+
+RUN_METHOD = "/tgi.v1.TextGeneration/Run"
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A restarted shard listens on the same path: a fresh connection each time, retried at once.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+
+
+class ShardsLost(Exception):
+    """A shard does not answer any more, or not as it should; what it held is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the shards told about the model and their memory. One for the whole group."""
+
+    model_type: str
+    dtype: str
+    device_type: str
+    vocab_size: int
+    max_position_embeddings: int  # 0: no limit of its own
+    eos_token_ids: frozenset[int]
+    world_size: int
+    num_blocks: int
+    block_size: int
+    max_total_tokens: int  # longest sequence, prompt and output
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupSizes:
+    max_step_tokens: int
+    max_total_tokens: int  # 0: the shards decide
+    max_sequences: int
+
+
+class ShardClient:
+    def __init__(self, address: str) -> None:
+        self.address = address  # "unix:/path" or "host:port"
+        self._channel = aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = pb_grpc.TextGenerationStub(self._channel)
+
+    async def info(self, timeout_s: float) -> pb.InfoResponse:
+        try:
+            return await self._stub.Info(pb.InfoRequest(), timeout=timeout_s, wait_for_ready=True)
+        except aio.AioRpcError as error:
+            raise ShardsLost(describe(error)) from error
+
+    async def warmup(self, sizes: WarmupSizes, timeout_s: float) -> pb.WarmupResponse:
+        request = pb.WarmupRequest(
+            max_step_tokens=sizes.max_step_tokens,
+            max_total_tokens=sizes.max_total_tokens,
+            max_sequences=sizes.max_sequences,
+        )
+        try:
+            return await self._stub.Warmup(request, timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise ShardsLost(describe(error)) from error
+
+    def run(self) -> "RunStream":
+        # The same bytes go to every rank: they are serialised once, by encode_plan, and sent as they are.
+        call = self._channel.stream_stream(RUN_METHOD, request_serializer=None, response_deserializer=None)()
+        return RunStream(call)
+
+    async def close(self) -> None:
+        await self._channel.close(grace=None)
+
+
+class RunStream:
+    """The stream of plans to one shard and of results back."""
+
+    def __init__(self, call: "aio.StreamStreamCall[bytes, bytes]") -> None:
+        self._call = call
+
+    async def send(self, plan: bytes) -> None:
+        try:
+            await self._call.write(plan)
+        except (aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise ShardsLost(await self._reason(error)) from error
+
+    async def receive(self) -> bytes:
+        try:
+            message = await self._call.read()
+        except aio.AioRpcError as error:
+            raise ShardsLost(describe(error)) from error
+        if message is aio.EOF:
+            raise ShardsLost(f"a shard closed its stream: {await self._call.details() or 'no reason given'}")
+        assert isinstance(message, bytes)
+        return message
+
+    async def _reason(self, error: Exception) -> str:
+        if isinstance(error, aio.AioRpcError):
+            return describe(error)
+        return f"a shard closed its stream: {await self._call.details() or error}"
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+def describe(error: aio.AioRpcError) -> str:
+    code: grpc.StatusCode = error.code()
+    return f"{error.details()} ({code.name})"
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    message = pb.StepPlan(
+        step_id=plan.step_id,
+        drop_sequence_ids=plan.drop,
+        run_sequence_ids=[row.sequence.sequence_id for row in plan.rows],
+        run_num_tokens=[row.num_tokens for row in plan.rows],
+        run_num_new_blocks=[len(row.new_block_ids) for row in plan.rows],
+    )
+    for row in plan.rows:
+        if row.new_block_ids:
+            message.new_block_ids.extend(row.new_block_ids)
+    for added in plan.add:
+        message.add.append(encode_added(added))
+    return message.SerializeToString()
+
+
+def encode_added(added: AddedSequence) -> pb.AddSequence:
+    sequence, request = added.sequence, added.sequence.request
+    sampling = request.sampling
+    num_prompt_tokens = sequence.num_prompt_tokens
+    return pb.AddSequence(
+        sequence_id=sequence.sequence_id,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=sequence.token_ids[num_prompt_tokens:],
+        num_cached_tokens=added.num_cached_tokens,
+        sampling=pb.SamplingParameters(
+            do_sample=sampling.do_sample,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            typical_p=sampling.typical_p,
+            repetition_penalty=sampling.repetition_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            output_frequency_penalty=sampling.output_frequency_penalty,
+            output_presence_penalty=sampling.output_presence_penalty,
+            watermark=sampling.watermark,
+            seed=sampling.seed,
+            choice=request.choice,
+        ),
+        top_n_tokens=request.top_n_tokens,
+        prompt_logprobs=sequence.wants_prompt_logprobs,
+    )
+
+
+def decode_result(data: bytes) -> StepResult:
+    message = pb.StepResult.FromString(data)
+    return StepResult(
+        step_id=message.step_id,
+        tokens=dict(zip(message.sequence_ids, decode_tokens(message), strict=True)),
+        prompt_logprobs=[
+            PromptLogprobs(piece.sequence_id, piece.start_position, list(piece.logprobs))
+            for piece in message.prompt_logprobs
+        ],
+        failed={failed.sequence_id: failed.message for failed in message.failed},
+        forward_s=message.forward_ns / 1e9,
+        sample_s=message.sample_ns / 1e9,
+        total_s=message.total_ns / 1e9,
+    )
+
+
+def decode_tokens(message: pb.StepResult) -> list[SampledToken]:
+    if not message.num_top_tokens:
+        return [
+            SampledToken(token_id, logprob)
+            for token_id, logprob in zip(message.token_ids, message.logprobs, strict=True)
+        ]
+    top_tokens = zip(message.top_token_ids, message.top_logprobs, strict=True)
+    return [
+        SampledToken(token_id, logprob, tuple(islice(top_tokens, num_top_tokens)))
+        for token_id, logprob, num_top_tokens in zip(
+            message.token_ids, message.logprobs, message.num_top_tokens, strict=True
+        )
+    ]
