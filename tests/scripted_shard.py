@@ -1,9 +1,9 @@
-"""A shard without a model: it keeps the step contract to the letter, checks that the router does, and computes nothing.
+"""A shard without a model: it keeps the step contract, checks that the router does, and computes nothing.
 
-The next token is a function of all tokens before it. A slot of the "KV cache" holds a digest of the prefix that it was
-computed from; every sampling step reads the whole context back through the block table and compares. So a block that was
-granted twice, overwritten, shared too early or lost shows at once, and a resumed stream can be compared with an undisturbed
-one token by token.
+The next token is a function of all tokens before it. A slot of the "KV cache" holds a digest of the prefix
+that it was computed from; every sampling step reads the whole context back through the block table and
+compares. So a block that was granted twice, overwritten, shared too early or lost shows at once, and a
+resumed stream can be compared with an undisturbed one token by token.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from grpc import aio
+
 from tgi_proto import generate_pb2 as pb
 from tgi_proto import generate_pb2_grpc as pb_grpc
 
@@ -104,7 +105,9 @@ class ScriptedShard:
             added.num_cached_tokens,
         )
 
-    def _run(self, sequence_id: int, sequence: ScriptedSequence, num_tokens: int, result: pb.StepResult) -> None:
+    def _run(
+        self, sequence_id: int, sequence: ScriptedSequence, num_tokens: int, result: pb.StepResult
+    ) -> None:
         assert num_tokens >= 1
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
         assert end <= len(sequence.token_ids)
@@ -120,7 +123,9 @@ class ScriptedShard:
             first, last = max(start, 1), min(end, sequence.num_prompt_tokens)
             result.prompt_logprobs.append(
                 pb.PromptLogprobs(
-                    sequence_id=sequence_id, start_position=first, logprobs=[-float(p) for p in range(first, last)]
+                    sequence_id=sequence_id,
+                    start_position=first,
+                    logprobs=[-float(p) for p in range(first, last)],
                 )
             )
         if end < len(sequence.token_ids):

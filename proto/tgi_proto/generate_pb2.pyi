@@ -90,7 +90,7 @@ class SamplingParameters(_message.Message):
     watermark: bool
     seed: int
     choice: int
-    def __init__(self, do_sample: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., output_frequency_penalty: _Optional[float] = ..., output_presence_penalty: _Optional[float] = ..., watermark: _Optional[bool] = ..., seed: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
+    def __init__(self, do_sample: bool = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., output_frequency_penalty: _Optional[float] = ..., output_presence_penalty: _Optional[float] = ..., watermark: bool = ..., seed: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class AddSequence(_message.Message):
     __slots__ = ("sequence_id", "prompt_token_ids", "output_token_ids", "num_cached_tokens", "sampling", "top_n_tokens", "prompt_logprobs")
@@ -108,7 +108,7 @@ class AddSequence(_message.Message):
     sampling: SamplingParameters
     top_n_tokens: int
     prompt_logprobs: bool
-    def __init__(self, sequence_id: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., num_cached_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., top_n_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., num_cached_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., top_n_tokens: _Optional[int] = ..., prompt_logprobs: bool = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step_id", "drop_sequence_ids", "add", "run_sequence_ids", "run_num_tokens", "run_num_new_blocks", "new_block_ids")

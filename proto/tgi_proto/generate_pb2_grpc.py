@@ -5,7 +5,7 @@ import warnings
 
 from tgi_proto import generate_pb2 as tgi__proto_dot_generate__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in tgi_proto/generate_pb2_grpc.py depends on'
+        + f' but the generated code in tgi_proto/generate_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class TextGenerationStub:
+class TextGenerationStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -56,7 +56,7 @@ class TextGenerationStub:
                 _registered_method=True)
 
 
-class TextGenerationServicer:
+class TextGenerationServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Info(self, request, context):
@@ -119,7 +119,7 @@ def add_TextGenerationServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class TextGeneration:
+class TextGeneration(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod

@@ -31,7 +31,8 @@ class Request:
     sampling: Sampling
     max_new_tokens: int  # exact; prompt and output fit into max_total_tokens together
     stop: tuple[str, ...] = ()
-    # False (TGI's own routes): the stop text stays, and must end with a token. True (OpenAI): found anywhere, cut off.
+    # False (TGI's own routes): the stop text stays, and must end with a token. True (OpenAI): found
+    # anywhere, cut off.
     trim_stop: bool = False
     ignore_eos: bool = False
     top_n_tokens: int = 0
@@ -49,13 +50,14 @@ class SampledToken:
 
 
 class Listener(Protocol):
-    """The reading end of one sequence: told of everything that happens to it, in order, on the event loop.
+    """The reading end of one sequence: told of all that happens to it, in order, on the event loop.
 
-    The scheduling rooms call it and know nothing of text; `generation` implements it. No call may block or raise.
+    The scheduling rooms call it and know nothing of text; `generation` implements it. No call may block or
+    raise.
     """
 
     def on_scheduled(self) -> None:
-        """The sequence runs in the next plan for the first time (not again after a preemption or a recovery)."""
+    """The reading end of one sequence: told of all that happens to it, in order, on the event loop.
 
     def on_prompt_logprobs(self, start_position: int, logprobs: list[float]) -> None:
         """Logprobs of the prompt tokens from start_position on; a prompt may arrive in several pieces."""

@@ -7,11 +7,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A ragged batch: the tokens of all scheduled sequences one after the other, prompt chunks and decodes mixed.
+    """A ragged batch: the tokens of all scheduled sequences one after the other, prompts and decodes mixed.
 
-    T tokens in R rows (one row a sequence). Row r's tokens are [query_starts[r], query_starts[r + 1]); they are the last
-    ones of its context, so its token i (from 0) stands at position context_lens[r] - query_lens[r] + i and attends to
-    everything before it and to itself.
+    T tokens in R rows (one row a sequence). Row r's tokens are [query_starts[r], query_starts[r + 1]); they
+    are the last ones of its context, so its token i (from 0) stands at position context_lens[r] -
+    query_lens[r] + i and attends to everything before it and to itself.
     """
 
     token_ids: Tensor  # [T] int64
@@ -21,6 +21,7 @@ class StepInputs:
     context_lens: Tensor  # [R] int64: tokens with KV once this step has written its own
     block_tables: Tensor  # [R, max blocks of a row] int64, padded with 0
     logit_indices: Tensor  # [L] int64: which of the T tokens need logits, ascending
-    # The same numbers on the host, for backends that loop or size their buffers by them: no device synchronisation.
+    # The same numbers on the host, for backends that loop or size their buffers by them: no device
+    # synchronisation.
     query_lens: tuple[int, ...]
     context_lens_host: tuple[int, ...]

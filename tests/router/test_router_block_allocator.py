@@ -4,6 +4,7 @@ import random
 from array import array
 
 import pytest
+
 from tgi_router.scheduling.block_allocator import BlockAllocator
 from tgi_router.scheduling.prefix_cache import ROOT_KEY, block_key
 

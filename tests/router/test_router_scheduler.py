@@ -1,9 +1,10 @@
-"""The scheduler against a scripted shard that checks every slot it reads: seeded random walks over its promises."""
+"""The scheduler against a scripted shard that checks every slot it reads: seeded random walks."""
 
 import random
 from collections import deque
 
 import pytest
+
 from scripted_shard import ScriptedShard, next_token
 from tgi_proto import generate_pb2 as pb
 from tgi_router.request import FinishReason, Request, SampledToken, Sampling
@@ -45,7 +46,9 @@ def expected_tokens(prompt: tuple[int, ...], length: int, vocab_size: int) -> li
 class Walk:
     """Scheduler and shard side by side, with up to two plans between them."""
 
-    def __init__(self, *, num_blocks: int, block_size: int, limits: Limits, share_prefixes: bool = True) -> None:
+    def __init__(
+        self, *, num_blocks: int, block_size: int, limits: Limits, share_prefixes: bool = True
+    ) -> None:
         self.shard = ScriptedShard(num_blocks=num_blocks, block_size=block_size, vocab_size=50)
         self.shard.max_step_tokens, self.shard.max_sequences = limits.max_step_tokens, limits.max_sequences
         self.share_prefixes = share_prefixes
@@ -56,9 +59,13 @@ class Walk:
         self.num_added = 0
 
     def _allocator(self) -> BlockAllocator:
-        return BlockAllocator(self.shard.num_blocks, self.shard.block_size, share_prefixes=self.share_prefixes)
+        return BlockAllocator(
+            self.shard.num_blocks, self.shard.block_size, share_prefixes=self.share_prefixes
+        )
 
-    def add(self, prompt: tuple[int, ...], max_new_tokens: int, ends_after: int, prompt_logprobs: bool = False) -> Sequence:
+    def add(
+        self, prompt: tuple[int, ...], max_new_tokens: int, ends_after: int, prompt_logprobs: bool = False
+    ) -> Sequence:
         self.num_added += 1
         request = Request("r", "", prompt, Sampling(), max_new_tokens, prompt_logprobs=prompt_logprobs)
         sequence = Sequence.of(self.num_added, request, Collector(min(ends_after, max_new_tokens)))
@@ -104,7 +111,9 @@ class Walk:
     def check(self) -> None:
         scheduler = self.scheduler
         scheduler.allocator.check([sequence.block_ids for sequence in scheduler.running.values()])
-        assert set(scheduler.running) | {sequence.sequence_id for sequence in scheduler.waiting} == set(self.alive)
+        assert set(scheduler.running) | {sequence.sequence_id for sequence in scheduler.waiting} == set(
+            self.alive
+        )
         assert len(scheduler.running) <= scheduler.limits.max_sequences
         for sequence in scheduler.waiting:
             assert sequence.block_ids == []
@@ -178,7 +187,8 @@ def test_a_second_turn_finds_the_first_ones_blocks() -> None:
     walk = Walk(num_blocks=64, block_size=4, limits=Limits(max_step_tokens=64, max_sequences=4))
     first = walk.add(tuple(range(20)), 12, 12)
     walk.run_dry()
-    conversation = (*first.request.prompt_token_ids, *first.listener.token_ids, 7, 7, 7)  # type: ignore[attr-defined]
+    assert isinstance(first.listener, Collector)
+    conversation = (*first.request.prompt_token_ids, *first.listener.token_ids, 7, 7, 7)
     walk.add(conversation, 4, 4)
     walk.run_dry()
     assert walk.scheduler.num_hit_tokens == 28  # 31 of the first 32 tokens were computed: 7 full blocks

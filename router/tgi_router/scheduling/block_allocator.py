@@ -1,6 +1,7 @@
 """KV blocks: take, share, free. Ids only; the tensors are the shards'.
 
-Every block is in exactly one state: free, held (by one sequence or, if cached, by several), or idle (cached, held by none).
+Every block is in exactly one state: free, held (by one sequence or, if cached, by several), or idle
+(cached, held by none).
 """
 
 from __future__ import annotations  # array[int] exists at run time only from Python 3.12 on
@@ -43,7 +44,10 @@ class BlockAllocator:
     def allocate(
         self, token_ids: array[int], *, use_cache: bool = True, reserve: int = 0
     ) -> Allocation | None:
-        """Blocks for all tokens of a sequence so far. None, with nothing changed, if fewer than `reserve` would be left."""
+        """Blocks for all tokens of a sequence so far.
+
+        None, with nothing changed, if fewer than `reserve` would be left.
+        """
         # The last token is always computed: its logits choose the next one.
         max_shared = (len(token_ids) - 1) // self.block_size if use_cache and self.share_prefixes else 0
         shared = self.prefix_cache.match(token_ids, self.block_size, max_shared)
@@ -92,7 +96,10 @@ class BlockAllocator:
             self._num_holders[block_id] += 1
 
     def check(self, held: Iterable[Sequence[int]]) -> None:
-        """Assert that the books balance, given the block tables of all living sequences. For tests and simulators."""
+        """Assert that the books balance, given the block tables of all living sequences.
+
+        For tests and simulators.
+        """
         num_holders = [0] * self.num_blocks
         for block_ids in held:
             assert len(set(block_ids)) == len(block_ids), "a sequence holds a block twice"

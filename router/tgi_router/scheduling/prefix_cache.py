@@ -1,10 +1,12 @@
 """Full KV blocks by content, so that sequences with the same beginning share them.
 
-A block's key is a digest of all tokens from the start of the sequence to the block's end: equal keys mean equal KV. The
-key chains over blocks (digest of the parent's key and the block's tokens), so a prefix is looked up block by block.
+A block's key is a digest of all tokens from the start of the sequence to the block's end: equal keys mean
+equal KV. The key chains over blocks (digest of the parent's key and the block's tokens), so a prefix is
+looked up block by block.
 
-Blocks that no sequence holds stay here, least recently used first, until the allocator needs them. Sequences release
-their blocks last to first, so a block is always evicted before the blocks that lead to it: what remains is reachable.
+Blocks that no sequence holds stay here, least recently used first, until the allocator needs them.
+Sequences release their blocks last to first, so a block is always evicted before the blocks that lead to
+it: what remains is reachable.
 """
 
 from __future__ import annotations  # array[int] exists at run time only from Python 3.12 on
@@ -17,14 +19,20 @@ ROOT_KEY = b""  # of the empty prefix
 
 
 def block_key(parent_key: bytes, token_ids: array[int]) -> bytes:
-    """Key of the block that holds `token_ids` after the prefix `parent_key`. 128 bits: no two contents meet."""
+    """Key of the block that holds `token_ids` after the prefix `parent_key`.
+
+    128 bits: no two contents meet.
+    """
     digest = blake2b(parent_key, digest_size=16)
     digest.update(token_ids.tobytes())
     return digest.digest()
 
 
 class PrefixCache:
-    """Which block holds which content, and which of those blocks nobody holds. Owned by the block allocator."""
+    """Which block holds which content, and which of those blocks nobody holds.
+
+    Owned by the block allocator.
+    """
 
     def __init__(self) -> None:
         self._block_of_key: dict[bytes, int] = {}
@@ -55,7 +63,10 @@ class PrefixCache:
         return block_ids
 
     def insert(self, key: bytes, block_id: int) -> None:
-        """Publish a block that a sequence holds and that will never be written again. A content stays where it was first."""
+        """Publish a block that a sequence holds and that will never be written again.
+
+        A content stays where it was first.
+        """
         if key not in self._block_of_key and block_id not in self._key_of_block:
             self._block_of_key[key] = block_id
             self._key_of_block[block_id] = key

@@ -1,4 +1,4 @@
-"""Sequences that wait for their turn: first come, first served; who was interrupted goes to the front again."""
+"""Sequences that wait for their turn: first come, first served; who was interrupted goes to the front."""
 
 from collections import OrderedDict
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Getting the shards back: reach the group that the launcher restarts, as often as it takes.
 
-Nothing else is needed to resume: the router holds every sequence's tokens, the scheduler puts them all back into the queue
-(`Scheduler.restart`), and the next plans add them from nothing.
+Nothing else is needed to resume: the router holds every sequence's tokens, the scheduler puts them all back
+into the queue (`Scheduler.restart`), and the next plans add them from nothing.
 """
 
 import asyncio
@@ -20,7 +20,10 @@ log = structlog.get_logger(__name__)
 
 
 async def connect(group: ShardGroup, sizes: WarmupSizes, clock: Callable[[], float]) -> ModelFacts:
-    """Connect to every rank and warm it up; try again until it works. Who waits bounds the time (by cancelling)."""
+    """Connect to every rank and warm it up; try again until it works.
+
+    Who waits bounds the time (by cancelling).
+    """
     pause_s = FIRST_PAUSE_S
     started_at = last_log_at = clock()
     while True:

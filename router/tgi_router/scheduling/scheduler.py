@@ -1,16 +1,19 @@
 """Who runs next: a pure function of state. No I/O and no clock; sequences, budgets and blocks in, a plan out.
 
 The order of a plan:
-1. Drop what ended, was cancelled or was preempted since the last plan. Plans run strictly in order, so the blocks of a
+1. Drop what ended, was cancelled or was preempted since the last plan. Plans run strictly in order, so the
+   blocks of a
    dropped sequence may be granted again in the same plan.
-2. Sequences with one pending token (decodes) run, oldest first. Each may need a block; when none is left, the youngest
-   running sequence is preempted: it leaves the shards and waits at the front of the queue. Its tokens stay with us, and
-   most of its blocks with the prefix cache.
+2. Sequences with one pending token (decodes) run, oldest first. Each may need a block; when none is left,
+   the youngest
+   running sequence is preempted: it leaves the shards and waits at the front of the queue. Its tokens stay
+   with us, and most of its blocks with the prefix cache.
 3. What is left of the token budget goes to prompts under way, oldest first, chunk by chunk.
 4. Then waiting sequences are admitted, first come first served, while budget, blocks and places last.
 
-A plan may be made while earlier ones are still in flight: a sequence whose next token is not known yet is planned as if
-it went on. What a result then ends has been computed once too often, and that surplus token is ignored.
+A plan may be made while earlier ones are still in flight: a sequence whose next token is not known yet is
+planned as if it went on. What a result then ends has been computed once too often, and that surplus token
+is ignored.
 """
 
 from dataclasses import dataclass
@@ -54,7 +57,7 @@ class Scheduler:
             self._leave_shards(sequence)
 
     def restart(self, allocator: BlockAllocator) -> None:
-        """The shards lost everything: all that ran waits again, in the old order, for a fresh set of blocks."""
+        """The shards lost everything: all that ran waits again, in the old order, for fresh blocks."""
         for sequence in reversed(self.running.values()):
             sequence.forget_shards()
             self.waiting.return_to_front(sequence)
@@ -81,7 +84,10 @@ class Scheduler:
         return plan
 
     def confirm(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, SampledToken]]:
-        """Take a result in: blocks that became full are shared from now on. Returns the tokens for sequences still alive."""
+        """Take a result in: blocks that became full are shared from now on.
+
+        Returns the tokens for sequences still alive.
+        """
         confirmed: list[tuple[Sequence, SampledToken]] = []
         for row in plan.rows:
             sequence = row.sequence
@@ -91,7 +97,8 @@ class Scheduler:
                 sequence.num_computed += row.num_tokens
                 self._publish_blocks(sequence)
             token = result.tokens.get(sequence.sequence_id)
-            # A preempted sequence waits, and keeps the token that was under way; one that ended drops its surplus.
+            # A preempted sequence waits, and keeps the token that was under way; one that ended drops its
+            # surplus.
             if row.samples and token is not None and (is_running or sequence in self.waiting):
                 sequence.token_ids.append(token.token_id)
                 if not is_running:
@@ -114,7 +121,10 @@ class Scheduler:
                 self._run(plan, sequence, 1, new_block_ids)
 
     def _grow(self, sequence: Sequence) -> tuple[int, ...] | None:
-        """Room for one more token, at the cost of the youngest. None if the sequence itself had to give way."""
+        """Room for one more token, at the cost of the youngest.
+
+        None if the sequence itself had to give way.
+        """
         num_blocks = ceil_div(sequence.num_planned_computed + 1, self.allocator.block_size)
         while (block_ids := self.allocator.take(num_blocks - len(sequence.block_ids))) is None:
             youngest = next(reversed(self.running.values()))

@@ -13,8 +13,8 @@ from tgi_router.scheduling.prefix_cache import ROOT_KEY
 class Sequence:
     """Running state; owned by the scheduler while the sequence lives.
 
-    "Confirmed" is what results have told; "planned" is what will be true once every plan in flight has run. The two differ
-    by the lookahead.
+    "Confirmed" is what results have told; "planned" is what will be true once every plan in flight has run.
+    The two differ by the lookahead.
     """
 
     sequence_id: int
@@ -43,7 +43,10 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Known tokens that no plan computes yet: 1 for a decode, more for a prompt. 0 only once all output is planned."""
+        """Known tokens that no plan computes yet: 1 for a decode, more for a prompt.
+
+        0 only once all output is planned.
+        """
         if self.num_planned_tokens - self.num_prompt_tokens >= self.request.max_new_tokens:
             return 0
         return self.num_planned_tokens - self.num_planned_computed
@@ -53,7 +56,7 @@ class Sequence:
         return self.request.prompt_logprobs and self.num_prompt_logprobs < self.num_prompt_tokens
 
     def forget_shards(self) -> None:
-        """Nothing of the sequence is on the shards any more (preempted, or the shards are gone); its tokens remain."""
+        """Nothing of the sequence is on the shards any more; its tokens remain."""
         self.block_ids = []
         self.is_on_shards = False
         self.num_planned_tokens = len(self.token_ids)

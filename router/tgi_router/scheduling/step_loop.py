@@ -1,8 +1,9 @@
 """State -> plan -> result -> state, two plans ahead of the results.
 
-While the shards compute plan n, plan n+1 already waits at their door, so the device never waits for us. One task drives
-everything; listeners are called from it, in order. When the shards are lost it waits until they are back, puts every
-living sequence into the queue again and goes on: listeners notice a pause and nothing else.
+While the shards compute plan n, plan n+1 already waits at their door, so the device never waits for us. One
+task drives everything; listeners are called from it, in order. When the shards are lost it waits until they
+are back, puts every living sequence into the queue again and goes on: listeners notice a pause and nothing
+else.
 """
 
 import asyncio
@@ -86,6 +87,13 @@ class StepLoop:
         self._accept(await recovery.connect(self._group, self._sizes, self._clock))
         self._task = asyncio.create_task(self._serve())
 
+    async def join(self) -> None:
+        """Returns once close() was called. Raises if the loop broke: a bug of ours, the process must end."""
+        assert self._task is not None, "start() has not returned"
+        await asyncio.wait([self._task])
+        if not self._task.cancelled():
+            self._task.result()
+
     def submit(self, request: Request, listener: Listener) -> int:
         sequence = Sequence.of(next(self._sequence_ids), request, listener)
         self._sequences[sequence.sequence_id] = sequence
@@ -108,7 +116,10 @@ class StepLoop:
             sequence.listener.on_error(error)
 
     async def drain(self) -> None:
-        """Wait until every sequence is over. If the shards are away, nobody knows for how long: all fail at once."""
+        """Wait until every sequence is over.
+
+        If the shards are away, nobody knows for how long: all fail at once.
+        """
         if not self._are_shards_back:
             self.fail_all(ShardsGone("the model shards are not available"))
         await self._idle.wait()
@@ -122,12 +133,23 @@ class StepLoop:
     # The loop
 
     async def _serve(self) -> None:
+        try:
+            await self._serve_for_ever()
+        except Exception as error:
+            self._are_shards_back = False
+            log.exception("The step loop broke")
+            self.fail_all(error)
+            raise
+
+    async def _serve_for_ever(self) -> None:
         while True:
             stream = self._group.open(self._wake.set)
             try:
                 await self._run_steps(stream)
             except ShardsLost as error:
                 log.error("Lost the shards", reason=str(error), sequences=len(self._sequences))
+                for plan, _ in self._in_flight:
+                    self._metrics.tgi_batch_inference_failure.labels(method_of(plan)).inc()
             finally:
                 await stream.close()
             self._are_shards_back = False
@@ -169,15 +191,18 @@ class StepLoop:
                 await self._wake.wait()
 
     def _plan(self) -> StepPlan | None:
-        plan = self._scheduler.plan()
-        while (
-            plan is None and not self._in_flight and (sequence := scheduler.waiting.peek()) is not None
-        ):
+        scheduler, metrics = self._scheduler, self._metrics
+        num_preemptions, num_hit_tokens = scheduler.num_preemptions, scheduler.num_hit_tokens
+        plan = scheduler.plan()
+        metrics.tgi_preemptions.inc(scheduler.num_preemptions - num_preemptions)
+        metrics.tgi_prefix_cache_hit_tokens.inc(scheduler.num_hit_tokens - num_hit_tokens)
+        while plan is None and not self._in_flight and (sequence := scheduler.waiting.peek()) is not None:
             # Nothing runs and still there is no room: this one needs more blocks than there are.
+            allocator = scheduler.allocator
             self._fail(
                 sequence,
                 f"{len(sequence.token_ids)} tokens do not fit into the KV cache of "
-                f"{scheduler.allocator.num_blocks} blocks of {scheduler.allocator.block_size} tokens",
+                f"{allocator.num_blocks} blocks of {allocator.block_size} tokens",
             )
             plan = scheduler.plan()
         if plan is None:
@@ -187,15 +212,18 @@ class StepLoop:
                 row.sequence.was_scheduled = True
                 row.sequence.listener.on_scheduled()
         if plan.rows:
-            self._metrics.tgi_batch_inference_count.labels(method_of(plan)).inc()
+            metrics.tgi_batch_inference_count.labels(method_of(plan)).inc()
         if plan.add:
-            self._metrics.tgi_batch_next_size.observe(len(plan.add))
+            metrics.tgi_batch_next_size.observe(len(plan.add))
+            if len(plan.add) < len(plan.rows):
+                metrics.tgi_batch_concat.labels("chunking").inc()
         return plan
 
     def _take(self, result: StepResult) -> None:
         if not self._in_flight or self._in_flight[0][0].step_id != result.step_id:
             raise ShardsLost(f"the shards answered step {result.step_id}, which is not the oldest in flight")
         plan, sent_at = self._in_flight.popleft()
+        taken_at = self._clock()
         for sequence_id, message in result.failed.items():
             if (sequence := self._sequences.get(sequence_id)) is not None:
                 self._fail(sequence, message)
@@ -206,29 +234,28 @@ class StepLoop:
                     sequence.listener.on_prompt_logprobs(piece.start_position + known, piece.logprobs[known:])
                     sequence.num_prompt_logprobs = piece.start_position + len(piece.logprobs)
         for sequence, token in self._scheduler.confirm(plan, result):
-            if sequence.listener.on_token(token) is not None:
+            # A listener may cancel its sequence, or another, in the middle of this.
+            is_alive = sequence.sequence_id in self._sequences
+            if is_alive and sequence.listener.on_token(token) is not None:
                 self._end(sequence)
         if plan.rows:
-            self._record(plan, result, sent_at)
+            method = method_of(plan)
+            self._metrics.tgi_batch_inference_success.labels(method).inc()
+            self._metrics.tgi_batch_inference_duration.labels(method).observe(taken_at - sent_at)
+            self._metrics.tgi_batch_forward_duration.labels(method).observe(result.forward_s)
+            self._metrics.tgi_batch_decode_duration.labels(method).observe(result.sample_s)
+            self._metrics.tgi_batch_filter_duration.labels(method).observe(self._clock() - taken_at)
 
     def _fail(self, sequence: Sequence, message: str) -> None:
         self._end(sequence)
         sequence.listener.on_error(SequenceFailed(message))
 
     def _end(self, sequence: Sequence) -> None:
+        """Does nothing if the sequence is over already."""
         self._scheduler.remove(sequence)
-        del self._sequences[sequence.sequence_id]
+        self._sequences.pop(sequence.sequence_id, None)
         if not self._sequences:
             self._idle.set()
-
-    # What /metrics shows
-
-    def _record(self, plan: StepPlan, result: StepResult, sent_at: float) -> None:
-        method = method_of(plan)
-        self._metrics.tgi_batch_inference_success.labels(method).inc()
-        self._metrics.tgi_batch_inference_duration.labels(method).observe(self._clock() - sent_at)
-        self._metrics.tgi_batch_forward_duration.labels(method).observe(result.forward_s)
-        self._metrics.tgi_batch_decode_duration.labels(method).observe(result.sample_s)
 
     def _observe(self) -> None:
         scheduler, metrics = self._scheduler, self._metrics
@@ -241,7 +268,7 @@ class StepLoop:
             )
         )
         metrics.tgi_kv_blocks_used.set(scheduler.allocator.num_held)
-        metrics.tgi_prefix_cache_blocks.set(len(scheduler.allocator.prefix_cache))
+        metrics.tgi_prefix_cache_blocks.set(scheduler.allocator.prefix_cache.num_idle)
 
 
 def method_of(plan: StepPlan) -> str:

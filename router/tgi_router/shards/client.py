@@ -6,9 +6,9 @@ from itertools import islice
 
 import grpc
 from grpc import aio
+
 from tgi_proto import generate_pb2 as pb
 from tgi_proto import generate_pb2_grpc as pb_grpc
-
 from tgi_router.request import SampledToken
 from tgi_router.scheduling.plan import AddedSequence, PromptLogprobs, StepPlan, StepResult
 
@@ -76,8 +76,8 @@ class ShardClient:
 
     def run(self) -> "RunStream":
         # The same bytes go to every rank: they are serialised once, by encode_plan, and sent as they are.
-        call = self._channel.stream_stream(RUN_METHOD, request_serializer=None, response_deserializer=None)()
-        return RunStream(call)
+        method = self._channel.stream_stream(RUN_METHOD, request_serializer=None, response_deserializer=None)
+        return RunStream(method())  # type: ignore[call-arg]  # no iterator: plans are written one by one
 
     async def close(self) -> None:
         await self._channel.close(grace=None)
@@ -100,9 +100,8 @@ class RunStream:
             message = await self._call.read()
         except aio.AioRpcError as error:
             raise ShardsLost(describe(error)) from error
-        if message is aio.EOF:
+        if not isinstance(message, bytes):  # grpc's end-of-stream marker
             raise ShardsLost(f"a shard closed its stream: {await self._call.details() or 'no reason given'}")
-        assert isinstance(message, bytes)
         return message
 
     async def _reason(self, error: Exception) -> str:

@@ -34,7 +34,8 @@ class ShardGroup:
         for rank, info in enumerate(infos):
             if (info.rank, info.world_size) != (rank, len(infos)):
                 raise ShardsLost(
-                    f"{self.addresses[rank]} is rank {info.rank} of {info.world_size}, expected {rank} of {len(infos)}"
+                    f"{self.addresses[rank]} is rank {info.rank} of {info.world_size}, "
+                    f"expected {rank} of {len(infos)}"
                 )
         warmups = await asyncio.gather(*(client.warmup(sizes, WARMUP_TIMEOUT_S) for client in self._clients))
         return ModelFacts(
