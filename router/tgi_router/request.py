@@ -57,7 +57,7 @@ class Listener(Protocol):
     """
 
     def on_scheduled(self) -> None:
-    """The reading end of one sequence: told of all that happens to it, in order, on the event loop.
+        """The sequence runs in the next plan for the first time (not after a preemption or a recovery)."""
 
     def on_prompt_logprobs(self, start_position: int, logprobs: list[float]) -> None:
         """Logprobs of the prompt tokens from start_position on; a prompt may arrive in several pieces."""

@@ -1,0 +1,101 @@
+"""Every way a request can fail: the status and error_type that its client sees, and the label it is counted under.
+
+`str(error)` is the message for the client. `counted_as` is the `err` label of `tgi_request_failure`, None: not counted.
+"""
+
+from typing import ClassVar
+
+
+class RequestError(Exception):
+    status: ClassVar[int]
+    error_type: ClassVar[str]
+    counted_as: ClassVar[str | None] = None
+
+
+class ValidationError(RequestError):
+    """The request breaks a rule; the argument is the rule's message."""
+
+    status, error_type, counted_as = 422, "validation", "validation"
+
+    def __str__(self) -> str:
+        return f"Input validation error: {self.args[0]}"
+
+
+class Overloaded(RequestError):
+    status, error_type, counted_as = 429, "overloaded", "overloaded"
+
+    def __str__(self) -> str:
+        return "Model is overloaded"
+
+
+class ShuttingDown(RequestError):
+    """The server drains. `overloaded` is what clients know to send elsewhere or again."""
+
+    status, error_type, counted_as = 503, "overloaded", "overloaded"
+
+    def __str__(self) -> str:
+        return "Server is shutting down"
+
+
+class GenerationFailed(RequestError):
+    """The shards could not go on with this sequence; the argument is their message."""
+
+    status, error_type, counted_as = 424, "generation", "generation"
+
+    def __str__(self) -> str:
+        return f"Request failed during generation: Server error: {self.args[0]}"
+
+
+class ShardsUnavailable(GenerationFailed):
+    """The shards are away, and the server shuts down rather than wait for them."""
+
+    status = 503
+
+
+class TemplateError(RequestError):
+    status, error_type, counted_as = 422, "template_error", "template"
+
+    def __str__(self) -> str:
+        return f"Template error: {self.args[0]}"
+
+
+class ToolError(RequestError):
+    status, error_type, counted_as = 422, "tool_error", "validation"
+
+    def __str__(self) -> str:
+        return f"Tool error: {self.args[0]}"
+
+
+class SuffixNotSupported(RequestError):
+    status, error_type, counted_as = 422, "suffix not supported", "validation"
+
+    def __str__(self) -> str:
+        return "Suffix is not supported and can be achieved by preprocessing the prompt."
+
+
+class BatchSizeExceeded(RequestError):
+    """Too many prompts in one body; the argument is the limit."""
+
+    status, error_type, counted_as = 422, "batch size exceeded", "validation"
+
+    def __str__(self) -> str:
+        return f"Number of prompts exceeds the maximum allowed batch size of {self.args[0]}"
+
+
+class Unhealthy(RequestError):
+    status, error_type = 503, "healthcheck"
+
+    def __str__(self) -> str:
+        return "unhealthy"
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+class BodyError(Exception):
+    """The body of a request could not be read: not JSON, too long, or of the wrong shape."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status

@@ -1,0 +1,411 @@
+"""Request -> stream of tokens -> reply: the reading end of the sequences that the step loop runs.
+
+    begin(draft) -> Run -> its Answers, one for each choice -> what they tell arrives in a Mailbox
+
+A step brings a token for many sequences at once. Each Answer turns its token into text as it comes (it must tell the
+step loop whether that was the last) and drops it into its reader's mailbox; the reader is woken once and takes all that
+has piled up since.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+import structlog
+from msgspec import Struct
+
+from tgi_router.errors import (
+    ClientGone,
+    GenerationFailed,
+    Overloaded,
+    RequestError,
+    ShardsUnavailable,
+    ShuttingDown,
+)
+from tgi_router.metrics import Metrics
+from tgi_router.request import FinishReason, Listener, Request, SampledToken
+from tgi_router.scheduling.step_loop import ShardsGone
+from tgi_router.text.detokenizer import Detokenizer, final_text
+from tgi_router.text.stopping import StopAnywhere, StopAtTokenEnd
+from tgi_router.text.tokenizer import Tokenizer
+from tgi_router.validation import Draft, Validator
+
+NUM_CONTEXT_TOKENS = 5  # of the prompt, for the text of the first tokens
+
+log = structlog.get_logger(__name__)
+
+
+class Steps(Protocol):
+    """What this room needs of the step loop."""
+
+    def submit(self, request: Request, listener: Listener) -> int: ...
+    def cancel(self, sequence_id: int) -> None: ...
+    async def drain(self) -> None: ...
+
+
+class GeneratedToken(Struct, frozen=True, gc=False):
+    index: int  # counts from 1
+    id: int
+    text: str  # what it adds, special tokens spelled out; empty while a character is unfinished
+    shown: str  # the same for OpenAI's routes: no special tokens, nothing from a stop string on
+    logprob: float
+    special: bool
+    top_tokens: tuple[tuple[int, float], ...]  # (token id, logprob), best first
+
+
+class Mailbox:
+    """Where answers leave their news for one reader."""
+
+    __slots__ = ("_is_closed", "_news", "_waiter")
+
+    def __init__(self) -> None:
+        self._news: list[tuple[Answer, GeneratedToken | None]] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_closed = False
+
+    def put(self, answer: "Answer", token: "GeneratedToken | None") -> None:
+        """A token; None: the answer is over, without or after its last token (see Answer.error)."""
+        self._news.append((answer, token))
+        self.wake()
+
+    def wake(self) -> None:
+        """The reader looks up, also if there is nothing."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def close(self) -> None:
+        """The client is gone: the reader gets ClientGone."""
+        self._is_closed = True
+        self.wake()
+
+    async def take(self) -> "list[tuple[Answer, GeneratedToken | None]]":
+        """All that came since the last time; empty after a wake() for another reason. Raises ClientGone."""
+        if not self._news and not self._is_closed:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self._is_closed:
+            raise ClientGone
+        news, self._news = self._news, []
+        return news
+
+
+class Answer:
+    """One sequence as its reader sees it. Implements Listener."""
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        eos_token_ids: Collection[int],
+        mailbox: Mailbox,
+        *,
+        tells_tokens: bool,
+        clock_ns: Callable[[], int],
+    ) -> None:
+        self.request = request
+        self.token_ids: list[int] = []
+        self.tokens: list[GeneratedToken] = []  # kept unless they are told one by one
+        self.prompt_logprobs: list[float] = []
+        self.finish_reason: FinishReason | None = None
+        self.error: RequestError | None = None
+        self.sum_logprobs = 0.0
+        self.scheduled_ns: int | None = None
+        self.ended_ns: int | None = None
+        self._clock_ns = clock_ns
+        self._mailbox = mailbox
+        self._tells_tokens = tells_tokens
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        if request.trim_stop:
+            # The context of the final text: what is streamed and what is answered in one piece are the same.
+            context = [
+                token_id
+                for token_id in request.prompt_token_ids[-1:]
+                if token_id not in tokenizer.special_ids
+            ]
+        else:
+            context = list(request.prompt_token_ids[-NUM_CONTEXT_TOKENS:])
+        self._detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, context)
+        self._stop_anywhere = StopAnywhere(request.stop if request.trim_stop else ())
+        self._stop_at_token_end = StopAtTokenEnd(() if request.trim_stop else request.stop)
+
+    @property
+    def is_over(self) -> bool:
+        return self.ended_ns is not None
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.sum_logprobs / max(len(self.token_ids), 1)
+
+    @property
+    def seed(self) -> int | None:
+        """As replies report it: None if nothing was drawn."""
+        return self.request.sampling.seed if self.request.sampling.do_sample else None
+
+    def generated_text(self) -> str:
+        """All of the answer; for OpenAI's routes what was shown, for TGI's own also the stop string."""
+        if self.request.trim_stop:
+            return "".join(token.shown for token in self.tokens)
+        return final_text(
+            self._tokenizer.decode,
+            self._tokenizer.special_ids,
+            self.request.prompt_token_ids[-1:],
+            self.token_ids,
+        )
+
+    def on_scheduled(self) -> None:
+        self.scheduled_ns = self._clock_ns()
+
+    def on_prompt_logprobs(self, start_position: int, logprobs: list[float]) -> None:
+        self.prompt_logprobs.extend(logprobs)
+
+    def on_token(self, token: SampledToken) -> FinishReason | None:
+        token_id = token.token_id
+        self.token_ids.append(token_id)
+        self.sum_logprobs += token.logprob
+        special = token_id in self._tokenizer.special_ids
+        text = self._detokenizer.push(token_id)
+        reason: FinishReason | None = None
+        if len(self.token_ids) >= self.request.max_new_tokens:
+            reason = "length"
+            text += self._detokenizer.flush()
+        elif token_id in self._eos_token_ids and not self.request.ignore_eos:
+            reason = "eos_token"
+        if self.request.trim_stop:
+            shown, is_stop = self._show(text, special)
+            if is_stop:
+                reason = "stop_sequence"
+            elif reason is not None:
+                shown += self._stop_anywhere.flush()
+        else:
+            shown = ""
+            if reason is None and self._stop_at_token_end.push(text):
+                reason = "stop_sequence"
+        generated = GeneratedToken(
+            len(self.token_ids), token_id, text, shown, token.logprob, special, token.top_tokens
+        )
+        if reason is not None:
+            self.finish_reason = reason
+            self.ended_ns = self._clock_ns()
+        if self._tells_tokens:
+            self._mailbox.put(self, generated)
+        else:
+            self.tokens.append(generated)
+            if reason is not None:
+                self._mailbox.put(self, None)
+        return reason
+
+    def on_error(self, error: Exception) -> None:
+        wrapped = ShardsUnavailable(error) if isinstance(error, ShardsGone) else GenerationFailed(error)
+        wrapped.__cause__ = error
+        self.error = wrapped
+        self.ended_ns = self._clock_ns()
+        self._mailbox.put(self, None)
+
+    def _show(self, text: str, special: bool) -> tuple[str, bool]:
+        if not special:
+            return self._stop_anywhere.push(text)
+        if self._stop_anywhere.would_end_with(text):
+            return "", True
+        return "", False
+
+
+class Timings(Struct, frozen=True):
+    """Nanoseconds of one answer's way."""
+
+    total: int
+    validation: int  # from the handler's start until it was queued
+    queue: int  # until it was first scheduled
+    inference: int  # from then to the end
+
+    def per_token(self, num_tokens: int) -> int:
+        return self.inference // max(num_tokens, 1)
+
+
+class Run:
+    """One draft under way. Whoever began it closes it, however it ends."""
+
+    def __init__(
+        self, generation: "Generation", answers: list[Answer], started_ns: int, queued_ns: int, route: str
+    ) -> None:
+        self.answers = answers
+        self.route = route
+        self._generation = generation
+        self._started_ns = started_ns
+        self._queued_ns = queued_ns
+        self._sequence_ids: dict[Answer, int] = {}
+        self._is_open = True
+
+    @property
+    def best(self) -> Answer:
+        """Highest mean logprob; the earliest of equals."""
+        return max(self.answers, key=lambda answer: answer.mean_logprob)
+
+    @property
+    def error(self) -> RequestError | None:
+        return next((answer.error for answer in self.answers if answer.error is not None), None)
+
+    async def finish(self, mailbox: Mailbox) -> None:
+        """Until every answer is over. Raises the first error, or ClientGone. For a mailbox of this run alone."""
+        while not all(answer.is_over for answer in self.answers):
+            await mailbox.take()
+            if self.error is not None:
+                raise self.error
+
+    def timings(self, answer: Answer) -> Timings:
+        """Of an answer that is over."""
+        assert answer.ended_ns is not None
+        scheduled_ns = answer.scheduled_ns or answer.ended_ns
+        return Timings(
+            answer.ended_ns - self._started_ns,
+            self._queued_ns - self._started_ns,
+            scheduled_ns - self._queued_ns,
+            answer.ended_ns - scheduled_ns,
+        )
+
+    def close(self) -> None:
+        """Give the permits back, drop what still runs, and record how it went. Once; again does nothing."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        generation = self._generation
+        generation.permits.give_back(len(self.answers))
+        is_dropped = False
+        for answer, sequence_id in self._sequence_ids.items():
+            if not answer.is_over:
+                generation.steps.cancel(sequence_id)
+                is_dropped = is_dropped or self.error is None
+        if is_dropped:
+            generation.metrics.tgi_request_failure.labels("dropped").inc()
+            log.info("Client is gone", route=self.route, request_id=self.answers[0].request.request_id)
+        elif self.error is None:
+            generation.record_success(self)
+
+    def submit(self) -> None:
+        for answer in self.answers:
+            self._sequence_ids[answer] = self._generation.steps.submit(answer.request, answer)
+
+
+class Permits:
+    """How many generations may be under way at a time. Nobody waits for one."""
+
+    def __init__(self, count: int) -> None:
+        self._num_free = count
+
+    def take(self, count: int) -> None:
+        """All or none. Raises Overloaded."""
+        if count > self._num_free:
+            raise Overloaded
+        self._num_free -= count
+
+    def give_back(self, count: int) -> None:
+        self._num_free += count
+
+
+class Generation:
+    def __init__(
+        self,
+        steps: Steps,
+        validator: Validator,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        eos_token_ids: Collection[int],
+        max_concurrent_requests: int,
+        clock_ns: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
+        self.steps = steps
+        self.validator = validator
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self.permits = Permits(max_concurrent_requests)
+        self.clock_ns = clock_ns
+        self.is_draining = False
+        self._eos_token_ids = eos_token_ids
+
+    def check_open(self) -> None:
+        """Raises ShuttingDown once the server drains."""
+        if self.is_draining:
+            raise ShuttingDown
+
+    async def drain(self) -> None:
+        """No new requests; returns when those under way are over."""
+        self.is_draining = True
+        await self.steps.drain()
+
+    async def begin(
+        self, draft: Draft, mailbox: Mailbox, *, streams: bool, started_ns: int, route: str
+    ) -> Run:
+        """Check a draft and hand its sequences to the step loop. Raises RequestError.
+
+        streams: every token is told; otherwise only the end of each answer, which keeps its tokens.
+        started_ns: when the handler began, on this object's clock.
+        """
+        if streams:
+            self.validator.check_stream(draft)
+        else:
+            self.validator.check_best_of(draft)
+        num_permits = max(draft.best_of, 1)
+        self.permits.take(num_permits)
+        try:
+            requests = await self.validator.validate(draft)
+            answers = [
+                Answer(
+                    request,
+                    self.tokenizer,
+                    self._eos_token_ids,
+                    mailbox,
+                    tells_tokens=streams,
+                    clock_ns=self.clock_ns,
+                )
+                for request in requests
+            ]
+        except BaseException:
+            self.permits.give_back(num_permits)
+            raise
+        queued_ns = self.clock_ns()
+        request = requests[0]
+        self.metrics.tgi_request_input_length.observe(len(request.prompt_token_ids))
+        self.metrics.tgi_request_max_new_tokens.observe(request.max_new_tokens)
+        self.metrics.tgi_request_validation_duration.observe((queued_ns - started_ns) / 1e9)
+        run = Run(self, answers, started_ns, queued_ns, route)
+        run.submit()
+        return run
+
+    def record_success(self, run: Run) -> None:
+        answer = run.best
+        timings = run.timings(answer)
+        num_tokens = len(answer.token_ids)
+        metrics = self.metrics
+        metrics.tgi_request_success.inc()
+        metrics.tgi_request_duration.observe(timings.total / 1e9)
+        metrics.tgi_request_queue_duration.observe(timings.queue / 1e9)
+        metrics.tgi_request_inference_duration.observe(timings.inference / 1e9)
+        metrics.tgi_request_mean_time_per_token_duration.observe(timings.per_token(num_tokens) / 1e9)
+        metrics.tgi_request_generated_tokens.observe(num_tokens)
+        log.info(
+            "Success",
+            route=run.route,
+            request_id=answer.request.request_id,
+            prompt_tokens=len(answer.request.prompt_token_ids),
+            generated_tokens=num_tokens,
+            finish_reason=answer.finish_reason,
+            seed=answer.seed,
+            total_time=duration_text(timings.total),
+            validation_time=duration_text(timings.validation),
+            queue_time=duration_text(timings.queue),
+            inference_time=duration_text(timings.inference),
+            time_per_token=duration_text(timings.per_token(num_tokens)),
+        )
+
+
+def duration_text(duration_ns: int) -> str:
+    """For people: "52.87ms", "1.2s"."""
+    for unit, size in (("s", 10**9), ("ms", 10**6), ("µs", 10**3)):
+        if duration_ns >= size:
+            return f"{duration_ns / size:.6g}{unit}"
+    return f"{duration_ns}ns"
