@@ -35,10 +35,10 @@ serve: $(VENV)/.installed
 	$(BIN)/text-generation-launcher --model-id $(MODEL) --num-shard $(NUM_SHARD) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n 2 -m "not matrix and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not matrix and not gpu"
 
 test-matrix: $(VENV)/.installed-test
-	$(BIN)/pytest -n 2 -m matrix --timeout 1200
+	$(BIN)/pytest -n 2 --dist loadfile -m matrix --timeout 1200
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

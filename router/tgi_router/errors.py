@@ -1,6 +1,8 @@
-"""Every way a request can fail: the status and error_type that its client sees, and the label it is counted under.
+"""Every way a request can fail: the status and error_type that its client sees, and the label it is counted
+under.
 
-`str(error)` is the message for the client. `counted_as` is the `err` label of `tgi_request_failure`, None: not counted.
+`str(error)` is the message for the client. `counted_as` is the `err` label of `tgi_request_failure`, None:
+not counted.
 """
 
 from typing import ClassVar
@@ -50,6 +52,15 @@ class ShardsUnavailable(GenerationFailed):
     """The shards are away, and the server shuts down rather than wait for them."""
 
     status = 503
+
+
+class IncompleteGeneration(RequestError):
+    """Something broke that should not: a bug of ours."""
+
+    status, error_type, counted_as = 500, "incomplete_generation", "incomplete"
+
+    def __str__(self) -> str:
+        return "Incomplete generation"
 
 
 class TemplateError(RequestError):

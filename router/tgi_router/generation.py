@@ -2,14 +2,14 @@
 
     begin(draft) -> Run -> its Answers, one for each choice -> what they tell arrives in a Mailbox
 
-A step brings a token for many sequences at once. Each Answer turns its token into text as it comes (it must tell the
-step loop whether that was the last) and drops it into its reader's mailbox; the reader is woken once and takes all that
-has piled up since.
+A step brings a token for many sequences at once. Each Answer turns its token into text as it comes (it must
+tell the step loop whether that was the last) and drops it into its reader's mailbox; the reader is woken
+once and takes all that has piled up since.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import structlog
@@ -57,17 +57,21 @@ class GeneratedToken(Struct, frozen=True, gc=False):
 class Mailbox:
     """Where answers leave their news for one reader."""
 
-    __slots__ = ("_is_closed", "_news", "_waiter")
+    __slots__ = ("_news", "_waiter", "is_closed")
 
     def __init__(self) -> None:
         self._news: list[tuple[Answer, GeneratedToken | None]] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._is_closed = False
+        self.is_closed = False
 
     def put(self, answer: "Answer", token: "GeneratedToken | None") -> None:
         """A token; None: the answer is over, without or after its last token (see Answer.error)."""
         self._news.append((answer, token))
         self.wake()
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._news)
 
     def wake(self) -> None:
         """The reader looks up, also if there is nothing."""
@@ -76,18 +80,18 @@ class Mailbox:
 
     def close(self) -> None:
         """The client is gone: the reader gets ClientGone."""
-        self._is_closed = True
+        self.is_closed = True
         self.wake()
 
     async def take(self) -> "list[tuple[Answer, GeneratedToken | None]]":
         """All that came since the last time; empty after a wake() for another reason. Raises ClientGone."""
-        if not self._news and not self._is_closed:
+        if not self._news and not self.is_closed:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-        if self._is_closed:
+        if self.is_closed:
             raise ClientGone
         news, self._news = self._news, []
         return news
@@ -136,6 +140,10 @@ class Answer:
     @property
     def is_over(self) -> bool:
         return self.ended_ns is not None
+
+    def ends_with(self, token: GeneratedToken) -> bool:
+        """Whether this is the answer's last token."""
+        return self.finish_reason is not None and token.index == len(self.token_ids)
 
     @property
     def mean_logprob(self) -> float:
@@ -230,11 +238,19 @@ class Run:
     """One draft under way. Whoever began it closes it, however it ends."""
 
     def __init__(
-        self, generation: "Generation", answers: list[Answer], started_ns: int, queued_ns: int, route: str
+        self,
+        generation: "Generation",
+        answers: list[Answer],
+        mailbox: Mailbox,
+        *,
+        started_ns: int,
+        queued_ns: int,
+        route: str,
     ) -> None:
         self.answers = answers
         self.route = route
         self._generation = generation
+        self._mailbox = mailbox
         self._started_ns = started_ns
         self._queued_ns = queued_ns
         self._sequence_ids: dict[Answer, int] = {}
@@ -249,12 +265,9 @@ class Run:
     def error(self) -> RequestError | None:
         return next((answer.error for answer in self.answers if answer.error is not None), None)
 
-    async def finish(self, mailbox: Mailbox) -> None:
-        """Until every answer is over. Raises the first error, or ClientGone. For a mailbox of this run alone."""
-        while not all(answer.is_over for answer in self.answers):
-            await mailbox.take()
-            if self.error is not None:
-                raise self.error
+    @property
+    def is_over(self) -> bool:
+        return all(answer.is_over for answer in self.answers)
 
     def timings(self, answer: Answer) -> Timings:
         """Of an answer that is over."""
@@ -274,16 +287,15 @@ class Run:
         self._is_open = False
         generation = self._generation
         generation.permits.give_back(len(self.answers))
-        is_dropped = False
         for answer, sequence_id in self._sequence_ids.items():
             if not answer.is_over:
                 generation.steps.cancel(sequence_id)
-                is_dropped = is_dropped or self.error is None
-        if is_dropped:
+        if self.is_over:
+            if self.error is None:
+                generation.record_success(self)
+        elif self._mailbox.is_closed:
             generation.metrics.tgi_request_failure.labels("dropped").inc()
             log.info("Client is gone", route=self.route, request_id=self.answers[0].request.request_id)
-        elif self.error is None:
-            generation.record_success(self)
 
     def submit(self) -> None:
         for answer in self.answers:
@@ -372,9 +384,19 @@ class Generation:
         self.metrics.tgi_request_input_length.observe(len(request.prompt_token_ids))
         self.metrics.tgi_request_max_new_tokens.observe(request.max_new_tokens)
         self.metrics.tgi_request_validation_duration.observe((queued_ns - started_ns) / 1e9)
-        run = Run(self, answers, started_ns, queued_ns, route)
+        run = Run(self, answers, mailbox, started_ns=started_ns, queued_ns=queued_ns, route=route)
         run.submit()
         return run
+
+    async def finish(self, runs: Sequence[Run], mailbox: Mailbox) -> None:
+        """Until every answer of runs that do not stream is over. Raises the first error, or ClientGone."""
+        while True:
+            for run in runs:
+                if run.error is not None:
+                    raise run.error
+            if all(run.is_over for run in runs):
+                return
+            await mailbox.take()
 
     def record_success(self, run: Run) -> None:
         answer = run.best

@@ -1,7 +1,7 @@
 """Every metric of the router: its name, labels and buckets, and the text that Prometheus reads.
 
-The text differs from the client library's own in two ways that dashboards made for TGI rely on: counters carry
-no `_total` suffix, and whole bucket bounds print without `.0`.
+The text differs from the client library's own in two ways that dashboards made for TGI rely on: counters
+carry no `_total` suffix, and whole bucket bounds print without `.0`.
 """
 
 from collections.abc import Iterator, Sequence

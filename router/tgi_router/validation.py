@@ -1,7 +1,7 @@
 """A draft of what a route was asked, the tokenizer and the limits -> Requests, or a ValidationError.
 
-The rules are checked in the contract's order, because a body that breaks two of them must name the first; whatever
-needs the tokenizer comes last.
+The rules are checked in the contract's order, because a body that breaks two of them must name the first;
+whatever needs the tokenizer comes last.
 """
 
 import math
@@ -15,7 +15,7 @@ from tgi_router.request import Request, Sampling
 from tgi_router.schemas.numbers import to_float32
 from tgi_router.text.tokenizer import Encoded, Tokenizer
 
-# TGI gave the shards at most this many tokens at a time, so it accepts any larger max_new_tokens that fits up to here.
+# TGI gave the shards at most this many tokens at a time: a larger max_new_tokens is fine if this many fit.
 MAX_CHECKED_NEW_TOKENS = 1024
 
 

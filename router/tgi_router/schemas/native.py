@@ -1,6 +1,7 @@
 """Bodies of TGI's own routes: /generate, /generate_stream, /tokenize and POST /.
 
-Optional fields take null where the contract says so and nowhere else. Replies list their keys in the contract's order.
+Optional fields take null where the contract says so and nowhere else. Replies list their keys in the
+contract's order.
 """
 
 from typing import Literal

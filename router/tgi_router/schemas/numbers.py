@@ -32,8 +32,8 @@ def shortest_float32(value: float) -> float | None:
     if not math.isfinite(value):
         return None
     wanted = _FLOAT32.pack(value)
-    for form in ("%.6g", "%.7g", "%.8g"):
-        short = float(form % value)
+    for num_digits in (6, 7, 8):
+        short = float(f"{value:.{num_digits}g}")
         if _FLOAT32.pack(short) == wanted:
             return short
-    return float("%.9g" % value)  # nine digits tell every 32-bit float from its neighbours
+    return float(f"{value:.9g}")  # nine digits tell every 32-bit float from its neighbours

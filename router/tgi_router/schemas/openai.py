@@ -1,4 +1,6 @@
-"""What the bodies of /v1/completions and /v1/chat/completions have in common. null always means the default."""
+"""What the bodies of /v1/completions and /v1/chat/completions have in common. null always means the
+default.
+"""
 
 from msgspec import Struct
 
@@ -31,10 +33,6 @@ class ModelList(Struct, frozen=True):
 
 # Fields that are parsed only to be refused: silence would give another answer than the one asked for.
 LogitBias = dict[str, float] | list[float]
-
-
-def asks_for_bias(logit_bias: LogitBias | None) -> bool:
-    return bool(logit_bias)
 
 
 def asks_for_grammar(response_format: dict[str, object] | None) -> bool:

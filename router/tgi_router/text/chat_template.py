@@ -46,7 +46,11 @@ class ChatTemplate:
         """
         try:
             prompt = self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
             )
         except Exception as error:  # templates are programs: anything may come out of them
             raise TemplateError(_describe(error)) from error
@@ -64,12 +68,16 @@ def load(folder: Path, config_path: Path | None, special_tokens: Mapping[str, An
     try:
         return ChatTemplate(source, special_tokens)
     except jinja2.TemplateSyntaxError as error:
-        log.error("The chat template is broken: chat requests are refused", error=str(error), line=error.lineno)
+        log.error(
+            "The chat template is broken: chat requests are refused", error=str(error), line=error.lineno
+        )
         return None
 
 
 def find_source(folder: Path, config_path: Path | None = None) -> str | None:
-    """First hit: the file that the user named, chat_template.jinja, .json, tokenizer's and processor's config."""
+    """First hit: the file that the user named, chat_template.jinja, .json, tokenizer's and processor's
+    config.
+    """
     jinja = folder / "chat_template.jinja"
     candidates: list[Callable[[], str | None]] = [
         lambda: _from_json(config_path) if config_path is not None else None,

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 
 class StopAtTokenEnd:
-    """TGI's meaning: the text so far, up to the end of a token, ends with a stop string; the stop string stays.
+    """TGI's meaning: the text so far, up to the end of a token, ends with a stop string; the stop string
+    stays.
 
     One newline after the stop string does not hide it.
     """
@@ -25,7 +26,8 @@ class StopAtTokenEnd:
 
 
 class StopAnywhere:
-    """OpenAI's meaning: the text ends before the first occurrence of a stop string, wherever tokens begin and end.
+    """OpenAI's meaning: the text ends before the first occurrence of a stop string, wherever tokens begin
+    and end.
 
     What could be the beginning of a stop string is held back until it is clear.
     """

@@ -1,6 +1,7 @@
 """Text <-> token ids, by the model folder's tokenizer.json.
 
-Encoding runs in worker threads (it releases the GIL); decoding a few ids takes a microsecond and runs in place.
+Encoding runs in worker threads (it releases the GIL); decoding a few ids takes a microsecond and runs in
+place.
 """
 
 import asyncio

@@ -1,0 +1,95 @@
+"""Replies that are not streams: JSON, errors, and the headers that tell how long an answer took."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from tgi_router.errors import BodyError, ClientGone, RequestError
+from tgi_router.generation import Run
+from tgi_router.metrics import Metrics
+from tgi_router.schemas.native import ErrorReply
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+log = structlog.get_logger(__name__)
+
+encode_json = msgspec.json.Encoder().encode
+
+
+class JSONReply(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return encode_json(content)
+
+
+def error_reply(error: RequestError) -> JSONReply:
+    return JSONReply(ErrorReply(str(error), error.error_type), error.status)
+
+
+def record_failure(metrics: Metrics, error: RequestError, route: str) -> None:
+    """Every failure that a client is told of passes here, whether as a status or as a frame of a stream."""
+    if error.counted_as is not None:
+        metrics.tgi_request_failure.labels(error.counted_as).inc()
+    log.error(str(error), route=route, error_type=error.error_type)
+
+
+def answering_errors(handler: Handler, metrics: Metrics, *, json_body_errors: bool) -> Handler:
+    """The handler with every error as its reply.
+
+    json_body_errors: unreadable bodies are told in JSON (OpenAI's clients look for it), not as plain text
+    (TGI's way).
+    """
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except RequestError as error:
+            record_failure(metrics, error, request.url.path)
+            return error_reply(error)
+        except BodyError as error:
+            log.error(str(error), route=request.url.path)
+            if json_body_errors:
+                return JSONReply(ErrorReply(str(error), "validation"), error.status)
+            return PlainTextResponse(str(error), error.status)
+        except ClientGone:
+            return Response(status_code=499)  # nobody reads it
+
+    return answer
+
+
+def compute_headers(runs: Sequence[Run], compute_type: str, num_characters: int) -> dict[str, str]:
+    """Of answers that are over: sums over the runs.
+
+    But x-compute-time is what the client waited for all of them, and x-time-per-token is a mean.
+    """
+    answers = [run.best for run in runs]
+    timings = [run.timings(answer) for run, answer in zip(runs, answers, strict=True)]
+    num_generated = sum(len(answer.token_ids) for answer in answers)
+    inference_ns = sum(timing.inference for timing in timings)
+    return {
+        "x-compute-type": compute_type,
+        "x-compute-time": seconds_text(max(timing.total for timing in timings)),
+        "x-compute-characters": str(num_characters),
+        "x-total-time": _milliseconds(sum(timing.total for timing in timings)),
+        "x-validation-time": _milliseconds(sum(timing.validation for timing in timings)),
+        "x-queue-time": _milliseconds(sum(timing.queue for timing in timings)),
+        "x-inference-time": _milliseconds(inference_ns),
+        "x-time-per-token": _milliseconds(inference_ns // max(num_generated, 1)),
+        "x-prompt-tokens": str(sum(len(answer.request.prompt_token_ids) for answer in answers)),
+        "x-generated-tokens": str(num_generated),
+    }
+
+
+def seconds_text(duration_ns: int) -> str:
+    """Decimal, without an exponent and without trailing zeros: "0.613492891"."""
+    text = f"{duration_ns // 10**9}.{duration_ns % 10**9:09d}"
+    return text.rstrip("0").rstrip(".")
+
+
+def _milliseconds(duration_ns: int) -> str:
+    return str(duration_ns // 10**6)

@@ -1,0 +1,395 @@
+"""Where the parts are put together: the route table, what surrounds it, and the life of the server.
+
+Start: tokenizer, shards (connect, warm up), routes, and only then the port, so that a refused connection
+means "still loading". End: on the first signal new requests get 503 while those under way finish; a second
+one ends at once.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import socket
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import structlog
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from tgi_router.api.health import ServerRoutes
+from tgi_router.api.middleware import CORS, APIKey
+from tgi_router.api.native import NativeRoutes
+from tgi_router.api.openai import Served
+from tgi_router.api.openai_chat import ChatRoutes
+from tgi_router.api.openai_completions import CompletionRoutes
+from tgi_router.api.replies import Handler, answering_errors, error_reply, record_failure
+from tgi_router.errors import IncompleteGeneration
+from tgi_router.generation import Generation
+from tgi_router.metrics import Metrics
+from tgi_router.scheduling.step_loop import StepLoop
+from tgi_router.schemas.native import Info
+from tgi_router.settings import Settings
+from tgi_router.shards.client import ModelFacts, ShardClient, ShardsLost
+from tgi_router.shards.group import ShardGroup
+from tgi_router.text import chat_template
+from tgi_router.text.chat_template import ChatTemplate
+from tgi_router.text.tokenizer import Tokenizer, read_special_tokens
+from tgi_router.validation import Limits, Validator
+
+VERSION = version("text-generation-server")
+DISCOVERY_TIMEOUT_S = 10.0
+KEEP_ALIVE_TIMEOUT_S = 75  # longer than the pools of common clients and proxies keep an idle connection
+
+log = structlog.get_logger(__name__)
+
+
+class StartError(Exception):
+    """The server cannot serve like this; the text is for whoever started it."""
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    asgi: ASGIApp
+    metrics_asgi: ASGIApp  # /metrics and nothing else
+    generation: Generation
+
+
+def build(
+    settings: Settings,
+    step_loop: StepLoop,
+    metrics: Metrics,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+) -> App:
+    """The application for shards that are ready. Raises StartError."""
+    limits = settle_limits(settings, step_loop.model)
+    metrics.open_lengths(limits.max_input_tokens, limits.max_total_tokens)
+    generation = Generation(
+        step_loop,
+        Validator(tokenizer, limits),
+        tokenizer,
+        metrics,
+        eos_token_ids=step_loop.model.eos_token_ids,
+        max_concurrent_requests=settings.max_concurrent_requests,
+    )
+    served = Served(
+        settings.served_model_name,
+        f"{VERSION}-{settings.docker_label or 'native'}",
+        settings.compute_type,
+    )
+    native = NativeRoutes(
+        generation,
+        tokenizer,
+        compute_type=settings.compute_type,
+        payload_limit=settings.payload_limit,
+    )
+    completions = CompletionRoutes(
+        generation,
+        served,
+        max_client_batch_size=settings.max_client_batch_size,
+        payload_limit=settings.payload_limit,
+    )
+    chat = ChatRoutes(generation, tokenizer, template, served, payload_limit=settings.payload_limit)
+    server = ServerRoutes(step_loop, generation, metrics, info_of(settings, limits), created=int(time.time()))
+
+    def answers(handler: Handler, *, json_body_errors: bool = False) -> Handler:
+        return answering_errors(handler, metrics, json_body_errors=json_body_errors)
+
+    async def broken(request: Request, _: Exception) -> Response:
+        """The server logs the exception itself."""
+        error = IncompleteGeneration()
+        record_failure(metrics, error, request.url.path)
+        return error_reply(error)
+
+    compat_generate = answers(native.compat_generate)
+
+    async def root(request: Request) -> Response:
+        """One path, two families: the health check and the native route that chooses by `stream`."""
+        return await (compat_generate if request.method == "POST" else server.health)(request)
+
+    posts: dict[str, Handler] = {
+        "/generate": answers(native.generate),
+        "/generate_stream": answers(native.generate_stream),
+        "/tokenize": answers(native.tokenize),
+        "/v1/completions": answers(completions.completions, json_body_errors=True),
+        "/v1/chat/completions": answers(chat.chat_completions, json_body_errors=True),
+    }
+    gets: dict[str, Handler] = {
+        "/health": server.health,
+        "/ping": server.health,
+        "/info": server.info,
+        "/v1/models": server.models,
+        "/metrics": server.metrics,
+    }
+    starlette = Starlette(
+        routes=[
+            Route("/", root, methods=["GET", "POST"]),
+            *(Route(path, handler, methods=["POST"]) for path, handler in posts.items()),
+            *(Route(path, handler, methods=["GET"]) for path, handler in gets.items()),
+        ],
+        exception_handlers={HTTPException: _empty_reply, Exception: broken},
+    )
+    starlette.router.redirect_slashes = False
+    asgi: ASGIApp = starlette
+    if settings.api_key is not None:
+        asgi = APIKey(asgi, settings.api_key, ["/", *posts], {"/": ("GET", "HEAD")})
+    metrics_asgi = Starlette(
+        routes=[Route("/metrics", server.metrics)], exception_handlers={HTTPException: _empty_reply}
+    )
+    return App(CORS(asgi, settings.cors_allow_origin), metrics_asgi, generation)
+
+
+async def _empty_reply(_: Request, error: Exception) -> Response:
+    """Unknown paths and wrong methods: the status says it all."""
+    assert isinstance(error, HTTPException)
+    return Response(status_code=error.status_code, headers=error.headers)
+
+
+def settle_limits(settings: Settings, model: ModelFacts) -> Limits:
+    """The limits of a request, from what the user set and what the shards have room for.
+
+    Raises StartError.
+    """
+    max_batch_total_tokens = kv_tokens(settings, model)
+    max_total_tokens = settings.max_total_tokens
+    if max_total_tokens is None:
+        max_total_tokens = min(model.max_total_tokens, max_batch_total_tokens)
+        log.info(f"Maximum total tokens defaulted to {max_total_tokens}")
+    elif max_total_tokens > max_batch_total_tokens:
+        raise StartError(
+            "`max_total_tokens` must be <= `max_batch_total_tokens`. "
+            f"Given: {max_total_tokens} and {max_batch_total_tokens}"
+        )
+    max_input_tokens = settings.max_input_tokens
+    if max_input_tokens is None:
+        max_input_tokens = max_total_tokens - 1
+        log.info(f"Maximum input tokens defaulted to {max_input_tokens}")
+    if max_input_tokens >= max_total_tokens:
+        raise StartError("`max_input_tokens` must be < `max_total_tokens`")
+    return Limits(
+        max_best_of=settings.max_best_of,
+        max_stop_sequences=settings.max_stop_sequences,
+        max_top_n_tokens=settings.max_top_n_tokens,
+        max_input_tokens=max_input_tokens,
+        max_total_tokens=max_total_tokens,
+        vocab_size=model.vocab_size,
+        prompt_logprobs=settings.enable_prefill_logprobs,
+    )
+
+
+def kv_tokens(settings: Settings, model: ModelFacts) -> int:
+    """How many tokens the KV cache holds: whole blocks, and no more than the user allows."""
+    num_blocks = model.num_blocks
+    if settings.max_batch_total_tokens is not None:
+        num_blocks = min(num_blocks, settings.max_batch_total_tokens // model.block_size)
+    return num_blocks * model.block_size
+
+
+def info_of(settings: Settings, limits: Limits) -> Info:
+    return Info(
+        model_id=settings.served_model_name,
+        model_sha=None,
+        model_pipeline_tag=None,
+        max_concurrent_requests=settings.max_concurrent_requests,
+        max_best_of=settings.max_best_of,
+        max_stop_sequences=settings.max_stop_sequences,
+        max_input_tokens=limits.max_input_tokens,
+        max_total_tokens=limits.max_total_tokens,
+        validation_workers=settings.validation_workers,
+        max_client_batch_size=settings.max_client_batch_size,
+        router="text-generation-router",
+        version=VERSION,
+        sha=settings.git_sha,
+        docker_label=settings.docker_label,
+    )
+
+
+# The life of the server
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are `serve`'s business."""
+        yield
+
+
+async def serve(settings: Settings) -> None:
+    """Until a signal has ended it. Raises StartError, TokenizerUnavailable, and what breaks the step loop."""
+    signals = Signals()
+    tokenizer = Tokenizer.load(
+        settings.tokenizer_path,
+        num_workers=settings.validation_workers,
+        config_path=settings.tokenizer_config_path,
+    )
+    template = chat_template.load(
+        settings.tokenizer_path,
+        settings.tokenizer_config_path,
+        read_special_tokens(settings.tokenizer_path, settings.tokenizer_config_path),
+    )
+    metrics = Metrics()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(tokenizer.close)
+        starting = asyncio.create_task(_start(settings, metrics))
+        step_loop = await signals.unless_first(starting)
+        if step_loop is None:
+            return
+        stack.push_async_callback(step_loop.close)
+        app = build(settings, step_loop, metrics, tokenizer, template)
+        listener = bind(settings.hostname, settings.port)
+        await _serve_metrics(settings, app.metrics_asgi, stack)
+        server = _Server(_config(app.asgi))
+        serving = asyncio.create_task(server.serve([listener]))
+        log.info("Connected")
+        broken = asyncio.create_task(step_loop.join())
+        stack.callback(broken.cancel)
+        await signals.first_or(serving, broken)
+        if broken.done():
+            server.force_exit = server.should_exit = True
+            await serving
+            broken.result()
+        log.info("signal received, starting graceful shutdown")
+        draining = asyncio.create_task(_drain(app.generation, server, serving))
+        await signals.second_or(draining)
+        server.force_exit = server.should_exit = True
+        draining.cancel()
+        await asyncio.gather(draining, serving, return_exceptions=True)
+
+
+async def _start(settings: Settings, metrics: Metrics) -> StepLoop:
+    """Reach the shards and warm them up."""
+    addresses = await discover(settings.master_shard_uds_path)
+    step_loop = StepLoop(
+        ShardGroup(addresses),
+        metrics,
+        max_batch_prefill_tokens=settings.max_batch_prefill_tokens,
+        max_total_tokens=settings.max_total_tokens,
+        max_sequences=settings.max_batch_size or settings.max_concurrent_requests,
+        max_kv_tokens=settings.max_batch_total_tokens,
+        share_prefixes=settings.prefix_caching,
+    )
+    log.info("Warming up model")
+    await step_loop.start()
+    max_batch_total_tokens = kv_tokens(settings, step_loop.model)
+    metrics.tgi_batch_max_total_tokens.set(max_batch_total_tokens)
+    log.info(f"Setting max batch total tokens to {max_batch_total_tokens}")
+    return step_loop
+
+
+async def discover(master_shard_uds_path: str) -> list[str]:
+    """Addresses of all ranks: rank 0 knows how many there are; their sockets differ in the last number."""
+    prefix, _, rank = master_shard_uds_path.rpartition("-")
+    if rank != "0":
+        raise StartError(f"`--master-shard-uds-path` must end in -0. Given: {master_shard_uds_path}")
+    while True:
+        client = ShardClient(f"unix:{master_shard_uds_path}")
+        try:
+            info = await client.info(DISCOVERY_TIMEOUT_S)
+        except ShardsLost as error:
+            log.warning("Waiting for the shards", reason=str(error))
+            await asyncio.sleep(1.0)
+        else:
+            return [f"unix:{prefix}-{rank}" for rank in range(info.world_size)]
+        finally:
+            await client.close()
+
+
+async def _drain(generation: Generation, server: _Server, serving: asyncio.Task[None]) -> None:
+    await generation.drain()
+    server.should_exit = True  # sends what is left, closes the port and the connections
+    await serving
+
+
+async def _serve_metrics(settings: Settings, asgi: ASGIApp, stack: contextlib.AsyncExitStack) -> None:
+    """On the port that TGI promised for metrics; a busy one costs a warning only."""
+    if settings.prometheus_port == settings.port:
+        return
+    try:
+        listener = bind(settings.hostname, settings.prometheus_port)
+    except StartError as error:
+        log.warning(f"Metrics are served on the main port alone. {error}")
+        return
+    server = _Server(_config(asgi))
+    serving = asyncio.create_task(server.serve([listener]))
+
+    async def stop() -> None:
+        server.force_exit = server.should_exit = True
+        await serving
+
+    stack.push_async_callback(stop)
+
+
+def _config(asgi: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        asgi,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
+    )
+
+
+def bind(hostname: str, port: int) -> socket.socket:
+    """Raises StartError."""
+    try:
+        address = ipaddress.ip_address(hostname)
+    except ValueError:
+        log.warning("Invalid hostname, defaulting to 0.0.0.0", hostname=hostname)
+        address = ipaddress.IPv4Address("0.0.0.0")
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((str(address), port))
+    except OSError as error:
+        listener.close()
+        raise StartError(f"Failed to bind to {address}:{port}: {error}") from error
+    return listener
+
+
+class Signals:
+    """SIGTERM and SIGINT, counted. Made on the running loop."""
+
+    def __init__(self) -> None:
+        self._first = asyncio.Event()
+        self._second = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._count)
+
+    def _count(self) -> None:
+        (self._second if self._first.is_set() else self._first).set()
+
+    async def first_or(self, *tasks: "asyncio.Task[None]") -> None:
+        await _either(self._first, *tasks)
+
+    async def second_or(self, *tasks: "asyncio.Task[None]") -> None:
+        await _either(self._second, *tasks)
+
+    async def unless_first(self, task: "asyncio.Task[StepLoop]") -> StepLoop | None:
+        """The task's result; None, and the task cancelled, if a signal comes first."""
+        await _either(self._first, task)
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return None
+
+
+async def _either(event: asyncio.Event, *tasks: "asyncio.Task[None] | asyncio.Task[StepLoop]") -> None:
+    waiter = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait([waiter, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiter.cancel()

@@ -1,0 +1,44 @@
+"""What the decoder asks of attention: store this step's K and V, and attend a ragged batch over paged KV."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tgi_shard.kv_cache import KVCache
+from tgi_shard.step import StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """This rank's heads. num_heads is a multiple of num_kv_heads; a KV head's query heads lie together."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class AttentionPlan(Protocol):
+    """One step's batch, for every layer of it."""
+
+    def attend(
+        self, layer: int, query: Tensor, key_value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """Write K and V to their slots, then attend: [T, num_heads x head_dim], fresh.
+
+        query: [T, num_heads, head_dim]. key_value: [T, 2, num_kv_heads, head_dim]. Both may be strided views.
+        window: how many tokens a query sees, itself included; None: all up to its own.
+        """
+        ...
+
+
+class AttentionBackend(Protocol):
+    def plan(self, inputs: StepInputs, kv_cache: KVCache) -> AttentionPlan:
+        """What depends on the batch alone, once a step."""
+        ...
+
+
+def preferred_block_size(device: torch.device) -> int:
+    """Tokens in a block of the KV cache."""
+    return 64 if device.type == "cuda" else 32

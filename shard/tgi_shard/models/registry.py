@@ -1,0 +1,112 @@
+"""From a model's folder to a model that runs: which model types we have, and the steps of loading one.
+
+The config is read and refused before any weight is touched: an unsupported model must fail in a second, not
+after minutes of reading.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from tgi_shard import model_folder
+from tgi_shard.distributed import Group
+from tgi_shard.layers.activation import ACTIVATIONS
+from tgi_shard.models import decoder_weights
+from tgi_shard.models.architectures import gpt2, llama, mistral, qwen2, qwen3
+from tgi_shard.models.decoder import Model
+from tgi_shard.models.rope_override import RopeOverride
+from tgi_shard.models.spec import DecoderSpec, HFConfig, UnsupportedModel
+from tgi_shard.weights.checkpoint import Checkpoint
+from tgi_shard.weights.loading import Weights
+
+__all__ = ["LoadedModel", "Model", "RopeOverride", "UnsupportedModel", "load_model"]
+
+log = logging.getLogger(__name__)
+
+_ARCHITECTURES: tuple[ModuleType, ...] = (llama, mistral, qwen2, qwen3, gpt2)
+_BY_MODEL_TYPE = {model_type: module for module in _ARCHITECTURES for model_type in module.MODEL_TYPES}
+
+# Buffers that old exports wrote beside the weights: masks, and frequencies that follow from the config.
+_NO_WEIGHTS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: Model
+    model_type: str
+    vocab_size: int
+    max_position_embeddings: int  # 0: none
+    dtype: torch.dtype
+
+
+def load_model(
+    model_path: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    group: Group,
+    rope_override: RopeOverride | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadedModel:
+    """Read this rank's part of the model in `model_path`.
+
+    dtype: None for the checkpoint's own. progress(bytes_done, bytes_total) is called as tensors are read.
+    Raises UnsupportedModel before any weight is read, CheckpointError where the weights are not what the
+    config says; both are ModelErrors.
+    """
+    config = _read_config(model_path)
+    spec = _spec(config, rope_override)
+    decoder_weights.check_group(spec, group.world_size)
+    with Checkpoint.open(model_path) as checkpoint:
+        chosen = _dtype(dtype, config, checkpoint)
+        weights = Weights(checkpoint, chosen, device, progress)
+        model = decoder_weights.load(spec, weights, group)
+        unread = [name for name in weights.finish() if not _NO_WEIGHTS.search(name)]
+    tied = f"{spec.names.head}.weight"
+    if unread and unread != [tied]:
+        log.warning("%d tensors of the checkpoint are not used: %s ...", len(unread), ", ".join(unread[:8]))
+    return LoadedModel(model, config.model_type, spec.dims.vocab_size, spec.dims.max_positions, chosen)
+
+
+def _read_config(model_path: Path) -> HFConfig:
+    raw = model_folder.read_config(model_path)
+    model_type = raw.get("model_type")
+    if model_type not in _BY_MODEL_TYPE:
+        known = ", ".join(sorted(_BY_MODEL_TYPE))
+        raise UnsupportedModel(f"model type {model_type!r} is not supported yet; supported are {known}")
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"].get("quant_method")
+        raise UnsupportedModel(f"checkpoints quantized with {method!r} are not supported yet")
+    try:
+        return AutoConfig.from_pretrained(model_path, local_files_only=True)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise UnsupportedModel(
+            f"config.json in {model_path} is no valid {model_type} config: {error}"
+        ) from error
+
+
+def _spec(config: HFConfig, rope_override: RopeOverride | None) -> DecoderSpec:
+    spec: DecoderSpec = _BY_MODEL_TYPE[config.model_type].spec(config, rope_override)
+    if spec.mlp.activation not in ACTIVATIONS:
+        raise UnsupportedModel(f"activation {spec.mlp.activation!r} is not supported")
+    return spec
+
+
+def _dtype(asked: torch.dtype | None, config: HFConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """What is asked for, else what the config names, else what most of the checkpoint is."""
+    chosen = asked or config.dtype
+    if chosen is None:
+        stored = [checkpoint.dtype(name) for name in checkpoint]
+        chosen = max(set(stored), key=stored.count)
+    if chosen not in _DTYPES:
+        raise UnsupportedModel(f"dtype {chosen} is not supported; use float32, bfloat16 or float16")
+    return chosen

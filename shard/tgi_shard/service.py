@@ -1,0 +1,303 @@
+"""One rank as a gRPC server on a Unix socket: wire -> engine -> wire, and the life of the process.
+
+Calls are answered on an asyncio loop in the main thread; what touches the device runs in the engine's thread.
+A sequence that cannot be stepped fails alone. Anything else that a step raises ends the stream with INTERNAL
+and then the process: the device or the group may be in any state, and the router rebuilds what is lost.
+"""
+
+import asyncio
+import gc
+import json
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from tgi_proto import generate_pb2 as pb
+from tgi_proto import generate_pb2_grpc as pb_grpc
+from tgi_shard import wire
+from tgi_shard.distributed import Group, close_group, init_group
+from tgi_shard.engine import Engine
+from tgi_shard.engine_thread import EngineThread
+from tgi_shard.model_folder import read_config
+from tgi_shard.models.registry import LoadedModel, load_model
+from tgi_shard.plan import StepResult
+from tgi_shard.sampling.sampler import Sampler
+from tgi_shard.settings import Settings
+from tgi_shard.warmup import Limits, NotEnoughMemory, warm_up
+
+log = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL_S = 2.0
+STOP_GRACE_S = 1.0  # for streams that are open at SIGTERM: the router drains, not the shard
+ENGINE_STOP_TIMEOUT_S = 5.0  # a rank whose peers are gone may wait in a collective for longer
+
+SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),
+]
+
+
+class EngineFailed(Exception):
+    """A step raised what concerns no single sequence. The process must end."""
+
+
+def serve(settings: Settings) -> None:
+    """Load the model and answer until SIGTERM or SIGINT. Raises ModelError, EngineFailed."""
+    # Left behind by a process that was killed. It goes at once: a socket there means a rank that is ready.
+    socket = Path(f"{settings.uds_path}-{settings.rank}").absolute()
+    socket.unlink(missing_ok=True)
+    group = init_group(
+        settings.rank, settings.world_size, settings.device, settings.master_addr, settings.master_port
+    )
+    try:
+        loaded = _load(settings, group)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: the collector need not walk through it again
+        asyncio.run(_serve(settings, loaded, group, f"unix://{socket}"))
+    finally:
+        socket.unlink(missing_ok=True)
+        close_group(group)
+
+
+def _load(settings: Settings, group: Group) -> LoadedModel:
+    began_at = time.monotonic()
+    progress = _Progress()
+    loaded = load_model(
+        settings.model_path,
+        dtype=settings.dtype,
+        device=settings.device,
+        group=group,
+        rope_override=settings.rope_override,
+        progress=progress,
+    )
+    seconds = max(time.monotonic() - began_at, 1e-3)
+    log.info(
+        "Loaded %s (%s): %.2f GB in %.1f s, %.2f GB/s",
+        settings.model_id,
+        loaded.model_type,
+        progress.bytes_done / 1e9,
+        seconds,
+        progress.bytes_done / 1e9 / seconds,
+    )
+    return loaded
+
+
+class _Progress:
+    """A log line every few seconds while weights are read."""
+
+    def __init__(self) -> None:
+        self.bytes_done = 0
+        self._logged_at = time.monotonic()
+
+    def __call__(self, bytes_done: int, bytes_total: int) -> None:
+        self.bytes_done = bytes_done
+        now = time.monotonic()
+        if now - self._logged_at >= PROGRESS_INTERVAL_S:
+            self._logged_at = now
+            percent = 100 * bytes_done // max(bytes_total, 1)
+            log.info("Loading weights: %d%% (%.2f of %.2f GB)", percent, bytes_done / 1e9, bytes_total / 1e9)
+
+
+async def _serve(settings: Settings, loaded: LoadedModel, group: Group, address: str) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    service = Service(settings, loaded, group, stopped)
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    pb_grpc.add_TextGenerationServicer_to_server(service, server)
+    server.add_insecure_port(address)
+    await server.start()
+    log.info("Server started at %s", address)
+    await stopped.wait()
+    await server.stop(STOP_GRACE_S)
+    if not await asyncio.to_thread(service.thread.stop, ENGINE_STOP_TIMEOUT_S):
+        log.warning("A step is still under way: it is left")
+    if service.failure is not None:
+        raise EngineFailed(str(service.failure)) from service.failure
+
+
+class Service(pb_grpc.TextGenerationServicer):
+    """The methods of generate.proto. `stopped` is set when a step has failed for good."""
+
+    def __init__(self, settings: Settings, loaded: LoadedModel, group: Group, stopped: asyncio.Event) -> None:
+        self.settings = settings
+        self.loaded = loaded
+        self.group = group
+        self.failure: Exception | None = None
+        self.thread = EngineThread(self._on_failure)
+        self._loop = asyncio.get_running_loop()
+        self._stopped = stopped
+        self._eos_token_ids = eos_token_ids(settings.model_path)
+        self._engine: Engine | None = None
+        self._warmed_up: tuple[Limits, pb.WarmupResponse] | None = None
+        self._warmup_lock = asyncio.Lock()
+        self._stream: _Stream | None = None  # the open one
+        self.thread.start()
+
+    async def Info(self, request: pb.InfoRequest, context: "Context") -> pb.InfoResponse:
+        return pb.InfoResponse(
+            model_type=self.loaded.model_type,
+            dtype=str(self.loaded.dtype).removeprefix("torch."),
+            device_type=self.settings.device.type,
+            vocab_size=self.loaded.vocab_size,
+            max_position_embeddings=self.loaded.max_position_embeddings,
+            eos_token_ids=self._eos_token_ids,
+            world_size=self.group.world_size,
+            rank=self.group.rank,
+        )
+
+    async def Health(self, request: pb.HealthRequest, context: "Context") -> pb.HealthResponse:
+        now = time.monotonic()
+        ended_at, began_at = self.thread.last_step_ended_at, self.thread.step_began_at
+        return pb.HealthResponse(
+            last_step_id=self.thread.last_step_id,
+            last_step_age_s=0.0 if ended_at is None else now - ended_at,
+            current_step_age_s=0.0 if began_at is None else now - began_at,
+        )
+
+    async def Warmup(self, request: pb.WarmupRequest, context: "Context") -> pb.WarmupResponse:
+        limits = Limits(request.max_step_tokens, request.max_total_tokens, request.max_sequences)
+        if limits.max_step_tokens < 1 or limits.max_sequences < 1:
+            message = f"max_step_tokens and max_sequences must be at least 1: {limits}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+        async with self._warmup_lock:
+            if self._warmed_up is not None:
+                asked, response = self._warmed_up
+                if limits != asked:
+                    message = f"this shard was warmed up for {asked}, not for {limits}"
+                    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
+                await self._forget()
+                return response
+            try:
+                self._engine = await asyncio.wrap_future(self.thread.call(lambda: self._warm_up(limits)))
+            except NotEnoughMemory as error:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            except Exception as error:
+                log.exception("Warm-up failed")
+                await context.abort(grpc.StatusCode.INTERNAL, f"warm-up failed: {_describe(error)}")
+            assert self._engine is not None
+            slots = self._engine.slots
+            response = pb.WarmupResponse(
+                num_blocks=slots.num_kv_blocks,
+                block_size=slots.block_size,
+                max_total_tokens=slots.max_total_tokens,
+            )
+            self._warmed_up = limits, response
+            return response
+
+    def _warm_up(self, limits: Limits) -> Engine:
+        sampler = Sampler(self.settings.watermark_gamma, self.settings.watermark_delta)
+        return warm_up(
+            self.loaded,
+            sampler,
+            self.group,
+            self.settings.device,
+            limits,
+            memory_fraction=self.settings.memory_fraction,
+        )
+
+    async def Run(
+        self, plans: AsyncIterator[pb.StepPlan], context: "Context"
+    ) -> AsyncIterator[pb.StepResult]:
+        engine = self._engine
+        if engine is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "Run needs a Warmup before it")
+            return
+        if self._stream is not None:  # of a router that is gone, and whose going has not been noticed yet
+            self._stream.end(grpc.StatusCode.ABORTED, "another Run stream has been opened")
+        stream = self._stream = _Stream()
+        # Plans of an older stream that still wait for the thread run first: other ranks may have run them.
+        self.thread.call(engine.forget)
+        stream.reader = asyncio.create_task(self._read(plans, engine, stream))
+        try:
+            while not isinstance(result := await stream.results.get(), _End):
+                yield wire.step_result(result)
+            if result.code is not grpc.StatusCode.OK:
+                await context.abort(result.code, result.message)
+        finally:
+            stream.reader.cancel()
+            if self._stream is stream:
+                self._stream = None
+                self.thread.call(engine.forget)
+
+    async def _read(self, plans: AsyncIterator[pb.StepPlan], engine: Engine, stream: "_Stream") -> None:
+        """Hand the plans to the engine's thread as they come."""
+
+        def deliver(result: StepResult | _End) -> None:
+            self._loop.call_soon_threadsafe(stream.results.put_nowait, result)
+
+        try:
+            async for plan in plans:
+                self.thread.run_plan(engine, wire.step_plan(plan), deliver)
+        except wire.MalformedPlan as error:
+            stream.end(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            return
+        # The router has closed its side: what is under way is still answered.
+        self.thread.call(lambda: deliver(_End(grpc.StatusCode.OK, "")))
+
+    async def _forget(self) -> None:
+        if self._engine is not None:
+            await asyncio.wrap_future(self.thread.call(self._engine.forget))
+
+    def _on_failure(self, error: Exception) -> None:
+        """In the engine's thread."""
+        if self._stopped.is_set():  # the other ranks are leaving as well: a step may find them gone
+            log.warning("A step was given up: %s", _describe(error))
+            return
+        log.critical("A step failed; this process ends", exc_info=error)
+        self.failure = error
+        self._loop.call_soon_threadsafe(self._end_failed, _describe(error))
+
+    def _end_failed(self, message: str) -> None:
+        if self._stream is not None:
+            self._stream.end(grpc.StatusCode.INTERNAL, message)
+        self._stopped.set()
+
+
+Context = grpc.aio.ServicerContext
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The last thing that a stream gets."""
+
+    code: grpc.StatusCode
+    message: str
+
+
+@dataclass(slots=True)
+class _Stream:
+    """An open Run call."""
+
+    results: asyncio.Queue[StepResult | _End] = field(default_factory=asyncio.Queue)
+    reader: asyncio.Task[None] | None = None
+
+    def end(self, code: grpc.StatusCode, message: str) -> None:
+        """No further plan is read; results that are there already still go out."""
+        if self.reader is not None:
+            self.reader.cancel()
+        self.results.put_nowait(_End(code, message))
+
+
+def eos_token_ids(model_path: Path) -> list[int]:
+    """From generation_config.json, else from config.json; [] if neither names one."""
+    generation_config = model_path / "generation_config.json"
+    named = None
+    if generation_config.is_file():
+        named = json.loads(generation_config.read_text()).get("eos_token_id")
+    if named is None:
+        named = read_config(model_path).get("eos_token_id")
+    if named is None:
+        return []
+    return [named] if isinstance(named, int) else list(named)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

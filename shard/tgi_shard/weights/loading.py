@@ -1,0 +1,79 @@
+"""From a checkpoint's tensors to this rank's: checked, cut, cast and placed, one at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tgi_shard.weights.checkpoint import Checkpoint, CheckpointError
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+Ranges = dict[int, tuple[int, int]]  # axis -> [start, stop)
+
+
+@dataclass(slots=True)
+class Weights:
+    """What the layers load from. A read that cannot be done raises CheckpointError with the tensor's name."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype  # floating-point tensors become this
+    device: torch.device
+    progress: Progress | None = None
+    _read: set[str] = field(default_factory=set)
+    _bytes_done: int = 0
+    _bytes_total: int = 0
+
+    def __post_init__(self) -> None:
+        self._bytes_total = sum(self.checkpoint.num_bytes(name) for name in self.checkpoint)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.checkpoint
+
+    def local_dtype(self, name: str) -> torch.dtype:
+        """What a tensor becomes here: `self.dtype` if it is floating-point, else its own."""
+        stored = self.checkpoint.dtype(name) if name in self.checkpoint else self.dtype
+        return self.dtype if stored.is_floating_point else stored
+
+    def read(self, name: str, shape: tuple[int, ...], ranges: Ranges | None = None) -> Tensor:
+        """This rank's cut of a tensor whose whole must have `shape`: fresh memory on the device."""
+        part = self._lazy(name, shape, ranges)
+        target = torch.empty(part.shape, dtype=self.local_dtype(name), device=self.device)
+        target.copy_(part)
+        self._count(name)
+        return target
+
+    def read_into(
+        self, target: Tensor, name: str, shape: tuple[int, ...], ranges: Ranges | None = None
+    ) -> None:
+        """The same into `target`, a view of a larger tensor: fused projections are filled part by part."""
+        target.copy_(self._lazy(name, shape, ranges))
+        self._count(name)
+
+    def map(self, name: str, shape: tuple[int, ...], ranges: Ranges | None = None) -> Tensor:
+        """The same, but a view of the file where dtype and device allow: for tables used by few rows."""
+        part = self._lazy(name, shape, ranges).to(device=self.device, dtype=self.local_dtype(name))
+        self._count(name)
+        return part
+
+    def finish(self) -> list[str]:
+        """Report all bytes as done; returns the names that nobody read, sorted."""
+        if self.progress is not None:
+            self.progress(self._bytes_total, self._bytes_total)
+        return sorted(set(self.checkpoint) - self._read)
+
+    def _lazy(self, name: str, shape: tuple[int, ...], ranges: Ranges | None) -> Tensor:
+        found = self.checkpoint.shape(name)
+        if found != shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(found)}, but the config asks for {list(shape)}"
+            )
+        return self.checkpoint.read(name, ranges or {})
+
+    def _count(self, name: str) -> None:
+        if name in self._read:
+            return
+        self._read.add(name)
+        self._bytes_done += self.checkpoint.num_bytes(name)
+        if self.progress is not None:
+            self.progress(self._bytes_done, self._bytes_total)

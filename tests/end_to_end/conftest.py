@@ -1,0 +1,41 @@
+"""Real servers for the end-to-end tests: one launcher process each, on free ports, gone at the end."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from server import Server
+
+import tiny_models
+
+Launch = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama-shaped checkpoint in float32 that never ends by itself: answers run to their length."""
+    path = tmp_path_factory.mktemp("tiny-llama")
+    tiny_models.save("llama", path, seed=3)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        fields = json.loads((path / name).read_text())
+        (path / name).write_text(
+            json.dumps({k: v for k, v in fields.items() if not k.startswith("eos_token")})
+        )
+    return path
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Launch:
+    """Make a server that is not started yet: `with launch("--num-shard", "2") as server`."""
+
+    def make(*args: str, model: str | None = None) -> Server:
+        return Server(model or str(tiny_llama), tmp_path_factory.mktemp("server"), *args)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def demo_server(launch: Launch) -> Iterator[Server]:
+    with launch(model="demo") as server:
+        yield server

@@ -1,0 +1,56 @@
+"""Warm-up: memory becomes KV blocks, limits hold, and the engine that comes out of it works."""
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_models
+from engine_driver import make_plan
+from tgi_shard.distributed import SINGLE
+from tgi_shard.engine import Engine
+from tgi_shard.models.registry import LoadedModel, load_model
+from tgi_shard.plan import AddSequence
+from tgi_shard.sampling.sampler import Sampler
+from tgi_shard.warmup import Limits, NotEnoughMemory, warm_up
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    checkpoint = tiny_models.save(request.param, tmp_path_factory.mktemp(request.param))
+    return load_model(checkpoint, dtype=None, device=CPU, group=SINGLE)
+
+
+def engine_for(loaded: LoadedModel, limits: Limits, num_blocks: int | None = None) -> Engine:
+    kv_bytes = None if num_blocks is None else num_blocks * loaded.model.kv_shape.bytes_per_block(32) + 1
+    return warm_up(loaded, Sampler(), SINGLE, CPU, limits, memory_fraction=0.9, cpu_kv_bytes=kv_bytes)
+
+
+def test_memory_becomes_blocks(loaded: LoadedModel) -> None:
+    engine = engine_for(loaded, Limits(max_step_tokens=4096, max_total_tokens=100, max_sequences=64), 50)
+    assert engine.kv_cache.num_blocks == engine.slots.num_kv_blocks == 50
+    assert engine.slots.max_total_tokens == 100
+    add = [AddSequence(1, np.arange(99), np.empty(0, np.int64))]
+    result = engine.finish(engine.step(make_plan(1, add=add, run={1: (99, [49, 0, 7, 3])})))
+    assert result.sequence_ids == [1]
+    assert result.failed == []
+
+
+def test_no_more_blocks_than_the_sequences_can_use(loaded: LoadedModel) -> None:
+    engine = engine_for(loaded, Limits(max_step_tokens=10, max_total_tokens=100, max_sequences=3))
+    assert engine.kv_cache.num_blocks == 3 * 4
+
+
+def test_max_total_tokens_follows_from_the_blocks_and_the_model(loaded: LoadedModel) -> None:
+    limits = Limits(max_step_tokens=100, max_total_tokens=0, max_sequences=2)
+    assert engine_for(loaded, limits, 10).slots.max_total_tokens == 10 * 32
+    assert engine_for(loaded, limits, 1000).slots.max_total_tokens == 512
+    assert engine_for(loaded, limits).kv_cache.num_blocks == 2 * 512 // 32
+
+
+def test_too_little_memory_is_told(loaded: LoadedModel) -> None:
+    limits = Limits(max_step_tokens=100, max_total_tokens=400, max_sequences=2)
+    with pytest.raises(NotEnoughMemory, match=r"to handle `max_total_tokens=400`.*12 blocks"):
+        engine_for(loaded, limits, 12)
+    assert engine_for(loaded, limits, 13).slots.max_total_tokens == 400

@@ -1,0 +1,159 @@
+"""The plain-torch backend against attention written out row by row, for batches as ragged as they come."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tgi_shard.attention.backend import Heads
+from tgi_shard.attention.reference import ReferenceAttention
+from tgi_shard.kv_cache import KVCache, KVShape
+from tgi_shard.step import StepInputs
+
+BLOCK_SIZE = 16
+SCALE = 0.3
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+class Batch:
+    """Rows of (new tokens, tokens before them) with random K and V, those before already in the store."""
+
+    def __init__(
+        self, rows: Sequence[tuple[int, int]], heads: Heads, dtype: torch.dtype, seed: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.heads, self.rows = heads, rows
+        self.context_lens = [new + before for new, before in rows]
+        num_blocks = sum(-(-length // BLOCK_SIZE) for length in self.context_lens)
+        shape = KVShape(1, heads.num_kv_heads, heads.head_dim, dtype)
+        self.kv_cache = KVCache.allocate(shape, num_blocks, BLOCK_SIZE, torch.device("cpu"))
+        free = list(range(num_blocks))
+        random.Random(seed).shuffle(free)
+        self.tables = [[free.pop() for _ in range(-(-n // BLOCK_SIZE))] for n in self.context_lens]
+        self.key_values = [
+            torch.randn(n, 2, heads.num_kv_heads, heads.head_dim, generator=generator).to(dtype)
+            for n in self.context_lens
+        ]
+        self.queries = [
+            torch.randn(new, heads.num_heads, heads.head_dim, generator=generator).to(dtype)
+            for new, _ in rows
+        ]
+        for row, (_, before) in enumerate(rows):
+            self.kv_cache.slots(0)[self.slots(row)[:before]] = self.key_values[row][:before]
+
+    def slots(self, row: int) -> Tensor:
+        positions = torch.arange(self.context_lens[row])
+        blocks = torch.tensor(self.tables[row])[positions // BLOCK_SIZE]
+        return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+
+    def inputs(self) -> StepInputs:
+        new = [new for new, _ in self.rows]
+        width = max(map(len, self.tables))
+        return StepInputs(
+            token_ids=torch.zeros(sum(new), dtype=torch.int64),
+            positions=torch.cat([torch.arange(before, before + new) for new, before in self.rows]),
+            slot_ids=torch.cat([self.slots(row)[before:] for row, (_, before) in enumerate(self.rows)]),
+            query_starts=torch.tensor([0, *new]).cumsum(0),
+            context_lens=torch.tensor(self.context_lens),
+            block_tables=torch.tensor([table + [0] * (width - len(table)) for table in self.tables]),
+            logit_indices=torch.zeros(0, dtype=torch.int64),
+            query_lens=tuple(new),
+            context_lens_host=tuple(self.context_lens),
+        )
+
+    @torch.inference_mode()
+    def attend(self, window: int | None) -> list[Tensor]:
+        """Each row's output: [new tokens, num_heads x head_dim]."""
+        fresh = [kv[before:] for kv, (_, before) in zip(self.key_values, self.rows, strict=True)]
+        plan = ReferenceAttention(self.heads).plan(self.inputs(), self.kv_cache)
+        out = plan.attend(0, torch.cat(self.queries), torch.cat(fresh), scale=SCALE, window=window)
+        return list(out.split([new for new, _ in self.rows]))
+
+    def expected(self, row: int, window: int | None) -> Tensor:
+        """In float32 and one query at a time."""
+        new, before = self.rows[row]
+        group = self.heads.num_heads // self.heads.num_kv_heads
+        key, value = self.key_values[row].float().repeat_interleave(group, dim=2).unbind(1)
+        outputs = []
+        for index in range(new):
+            last = before + index + 1
+            first = 0 if window is None else max(0, last - window)
+            scores = torch.einsum("hd,thd->ht", self.queries[row][index].float(), key[first:last]) * SCALE
+            outputs.append(torch.einsum("ht,thd->hd", scores.softmax(-1), value[first:last]).flatten())
+        return torch.stack(outputs)
+
+
+MIXTURES: dict[str, Sequence[tuple[int, int]]] = {
+    "decodes": [(1, 0), (1, 15), (1, 16), (1, 47), (1, 300)],
+    "decodes of very different lengths": [(1, 3), (1, 2000), (1, 20), (1, 1100), (1, 900), (1, 5)],
+    "prompts": [(2, 0), (16, 0), (33, 0), (300, 0)],
+    "chunks": [(2, 5), (16, 16), (30, 77), (520, 40)],
+    "all": [(1, 40), (7, 0), (1, 0), (260, 33), (1, 700), (20, 3)],
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 16, 50])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_equals_attention_row_by_row(mixture: str, window: int | None) -> None:
+    batch = Batch(MIXTURES[mixture], Heads(num_heads=6, num_kv_heads=2, head_dim=8), torch.float32)
+    for row, ours in enumerate(batch.attend(window)):
+        torch.testing.assert_close(ours, batch.expected(row, window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "heads", [Heads(4, 4, 16), Heads(4, 1, 20), Heads(14, 2, 64)], ids=["no-gqa", "one-kv-head", "gqa"]
+)
+def test_head_layouts_and_dtypes(heads: Heads, dtype: torch.dtype) -> None:
+    batch = Batch(MIXTURES["all"], heads, dtype)
+    for row, ours in enumerate(batch.attend(None)):
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(ours.float(), batch.expected(row, None), rtol=tolerance, atol=tolerance)
+
+
+def test_this_steps_keys_and_values_are_stored() -> None:
+    batch = Batch(MIXTURES["all"], Heads(4, 2, 8), torch.float32)
+    batch.attend(None)
+    key, value = batch.kv_cache.layers[0]
+    for row, key_value in enumerate(batch.key_values):
+        slots = batch.slots(row)
+        assert torch.equal(key.reshape(-1, 2, 8)[slots], key_value[:, 0])
+        assert torch.equal(value.reshape(-1, 2, 8)[slots], key_value[:, 1])
+
+
+def test_a_broken_row_harms_no_neighbour() -> None:
+    rows, heads = [(1, 20), (5, 0), (1, 9)], Heads(4, 2, 8)
+    sound, broken = (Batch(rows, heads, torch.float32) for _ in range(2))
+    broken.key_values[1].fill_(float("nan"))
+    broken.queries[1].fill_(float("nan"))
+    expected, got = sound.attend(None), broken.attend(None)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[2], expected[2])
+    assert broken.kv_cache.slots(0)[broken.slots(1)].isnan().all(), "the sequence itself must stay broken"
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_broken_sequence_leaves_nothing_behind_in_its_blocks(window: int | None) -> None:
+    """Chunk by chunk, over blocks full of NaN, with decodes: what was there before never shows."""
+    heads, num_tokens, chunks = Heads(4, 2, 8), 40, (16, 5, 1, 13, 1, 1, 1, 1, 1)
+    whole = Batch([(num_tokens, 0)], heads, torch.float32)
+    expected = whole.expected(0, window)
+    whole.kv_cache.stores[0].fill_(float("nan"))
+    before = 0
+    for new in chunks:
+        part = Batch([(new, before)], heads, torch.float32)
+        part.kv_cache, part.tables = whole.kv_cache, whole.tables
+        part.key_values = [whole.key_values[0][: before + new]]
+        part.queries = [whole.queries[0][before : before + new]]
+        (out,) = part.attend(window)
+        torch.testing.assert_close(out, expected[before : before + new], rtol=1e-5, atol=1e-5)
+        before += new
+    assert before == num_tokens
+
+
+def test_a_block_costs_what_the_shape_says() -> None:
+    shape = KVShape(num_layers=3, local_num_kv_heads=2, head_dim=8, dtype=torch.bfloat16)
+    kv_cache = KVCache.allocate(shape, 5, BLOCK_SIZE, torch.device("cpu"))
+    assert sum(store.nbytes for store in kv_cache.stores) == 5 * shape.bytes_per_block(BLOCK_SIZE)

@@ -1,0 +1,293 @@
+"""Every decoder computes what transformers computes, however a step batches, chunks and pages it."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import tiny_models
+from model_steps import Row, Stepper
+from tgi_shard.distributed import SINGLE
+from tgi_shard.models.registry import LoadedModel, load_model
+from tgi_shard.models.rope_override import RopeOverride
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 16
+LENGTHS = (1, 7, 33, 70)  # less than a block, one and a bit, several
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A checkpoint in our hands and in transformers'."""
+
+    loaded: LoadedModel
+    oracle: torch.nn.Module
+
+    def stepper(self) -> Stepper:
+        return Stepper(self.loaded, block_size=BLOCK_SIZE)
+
+    @torch.inference_mode()
+    def expected(self, token_ids: Sequence[int]) -> Tensor:
+        """transformers' logits for one sequence: [tokens, vocab_size]."""
+        logits: Tensor = self.oracle(torch.tensor([list(token_ids)])).logits[0]
+        return logits
+
+
+def pair(checkpoint: Path, **options: Any) -> Pair:
+    loaded = load_model(checkpoint, dtype=torch.float32, device=CPU, group=SINGLE, **options)
+    return Pair(loaded, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=tiny_models.DECODERS)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return pair(tiny_models.save(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+def test_prompt_logits_in_one_ragged_batch(family: Pair) -> None:
+    prompts = tiny_models.prompts(LENGTHS)
+    _, logits = family.stepper().prefill(prompts)
+    assert_close(logits, torch.cat([family.expected(prompt) for prompt in prompts]))
+
+
+def test_greedy_tokens_and_their_logits(family: Pair) -> None:
+    prompts, num_steps = tiny_models.prompts(LENGTHS), 24
+    stepper = family.stepper()
+    rows, logits = stepper.prefill(prompts)
+    logits = logits[torch.tensor(LENGTHS).cumsum(0) - 1]
+    ours = [logits]
+    for _ in range(num_steps):
+        ours.append(stepper.decode(rows, ours[-1]))
+    for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        theirs = list(prompt)
+        for _ in range(num_steps):
+            theirs.append(int(family.expected(theirs)[-1].argmax()))
+        assert row.token_ids == theirs
+        assert len(set(theirs[len(prompt) :])) > num_steps // 3, "a model that repeats itself proves nothing"
+        expected = family.expected(theirs)[len(prompt) - 1 :]
+        assert_close(torch.stack([step[index] for step in ours]), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 17, 69])
+def test_a_chunked_prompt_equals_a_whole_one(family: Pair, chunk: int) -> None:
+    (prompt,) = tiny_models.prompts((70,))
+    stepper, row = family.stepper(), Row(list(prompt))
+    parts = []
+    while row.num_computed < len(prompt):
+        num_tokens = min(chunk, len(prompt) - row.num_computed)
+        parts.append(stepper.step([(row, num_tokens)], all_logits=True))
+    assert_close(torch.cat(parts), family.expected(prompt))
+
+
+def test_decodes_and_chunks_share_a_step(family: Pair) -> None:
+    long, short, late = (Row(list(prompt)) for prompt in tiny_models.prompts((70, 7, 33)))
+    stepper = family.stepper()
+    first = stepper.step([(long, 20), (short, 7)])
+    short.token_ids.append(int(first[1].argmax()))
+    second = stepper.step([(long, 30), (late, 16), (short, 1)])
+    short.token_ids.append(int(second[2].argmax()))
+    third = stepper.step([(short, 1), (late, 17), (long, 20)])
+    assert_close(third[0], family.expected(short.token_ids)[-1])
+    assert_close(third[1], family.expected(late.token_ids)[-1])
+    assert_close(third[2], family.expected(long.token_ids)[-1])
+
+
+def test_a_row_does_not_depend_on_its_neighbours(family: Pair) -> None:
+    prompts = tiny_models.prompts((40, 3, 90, 17, 64))
+    alone_stepper, crowd_stepper = family.stepper(), family.stepper()
+    (alone,), logits = alone_stepper.prefill(prompts[:1])
+    crowd, crowd_logits = crowd_stepper.prefill(prompts)
+    torch.testing.assert_close(crowd_logits[:40], logits, rtol=1e-5, atol=1e-5)
+    ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
+    after_alone = alone_stepper.decode([alone], logits[-1:])
+    after_crowd = crowd_stepper.decode(crowd, crowd_logits[ends])
+    torch.testing.assert_close(after_crowd[:1], after_alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_without_logits_only_writes_kv(family: Pair) -> None:
+    (prompt,) = tiny_models.prompts((33,))
+    stepper, row = family.stepper(), Row(list(prompt))
+    inputs = stepper.inputs([(row, 20)])
+    with torch.inference_mode():
+        inputs = replace(inputs, logit_indices=torch.tensor([], dtype=torch.int64))
+        nothing = family.loaded.model.forward(inputs, stepper.kv_cache)
+    assert nothing.shape == (0, family.loaded.vocab_size)
+    assert_close(stepper.step([(row, 13)])[0], family.expected(prompt)[-1])
+
+
+ROPE = {"rope_theta": 5000.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "llama-no-gqa": ("llama", {"num_key_value_heads": 4}),
+    "llama-odd-head-dim": ("llama", {"head_dim": 10, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama-linear": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.5}}),
+    "llama-llama3": (
+        "llama",
+        {"rope_parameters": ROPE | LLAMA3 | {"original_max_position_embeddings": 64}},
+    ),
+    "llama-yarn": ("llama", {"rope_parameters": ROPE | YARN}),
+    "llama-yarn-mscale": (
+        "llama",
+        {"rope_parameters": ROPE | YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}},
+    ),
+    "llama-yarn-factors": (
+        "llama",
+        {"rope_parameters": ROPE | YARN | {"attention_factor": 1.3, "beta_fast": 8, "beta_slow": 2}},
+    ),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "mistral-window-of-one": ("mistral", {"sliding_window": 1}),
+    "mistral-window-of-a-block": ("mistral", {"sliding_window": BLOCK_SIZE}),
+    "qwen2-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 18, "max_window_layers": 1},
+    ),
+    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3-biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
+    "gpt2-scales": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 96}),
+    "gpt2-unscaled": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_a_family(variant: str, tmp_path: Path) -> None:
+    model_type, overrides = VARIANTS[variant]
+    _assert_same_after_prefill_and_decode(pair(tiny_models.save(model_type, tmp_path, seed=3, **overrides)))
+
+
+def _assert_same_after_prefill_and_decode(both: Pair) -> None:
+    prompts = tiny_models.prompts((5, 70))
+    stepper = both.stepper()
+    rows, logits = stepper.prefill(prompts)
+    assert_close(logits, torch.cat([both.expected(prompt) for prompt in prompts]))
+    logits = stepper.decode(rows, logits[[4, -1]])
+    assert_close(logits, torch.stack([both.expected(row.token_ids)[-1] for row in rows]))
+
+
+def _rewrite_config(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"type": "linear", "factor": 3.0},
+        LLAMA3 | {"original_max_position_embeddings": 64},
+        {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128},
+    ],
+    ids=["default", "linear", "llama3", "yarn"],
+)
+def test_the_old_spelling_of_rope(scaling: dict[str, Any] | None, tmp_path: Path) -> None:
+    tiny_models.save("llama", tmp_path)
+
+    def spell_as_of_old(config: dict[str, Any]) -> None:
+        del config["rope_parameters"]
+        config |= {"rope_theta": 3000.0, "rope_scaling": scaling, "torch_dtype": config.pop("dtype")}
+
+    _rewrite_config(tmp_path, spell_as_of_old)
+    _assert_same_after_prefill_and_decode(pair(tmp_path))
+
+
+def test_a_rope_override_replaces_the_checkpoints_scaling(tmp_path: Path) -> None:
+    yarn, linear = tmp_path / "yarn", tmp_path / "linear"
+    tiny_models.save("llama", yarn, rope_parameters=ROPE | YARN)
+    tiny_models.save("llama", linear, rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.5})
+    overridden = pair(yarn, rope_override=RopeOverride(factor=2.5)).loaded
+    _assert_same_after_prefill_and_decode(Pair(overridden, pair(linear).oracle))
+
+
+def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
+    tiny_models.save("qwen3", tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
+    _assert_same_after_prefill_and_decode(pair(tmp_path))
+
+
+def test_a_bare_export_without_prefix(tmp_path: Path) -> None:
+    """The names of openai-community/gpt2, with the mask buffers of its time."""
+    tiny_models.save("gpt2", tmp_path)
+    oracle = pair(tmp_path).oracle
+    file = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}, file, metadata={"format": "pt"})
+    loaded = load_model(tmp_path, dtype=None, device=CPU, group=SINGLE)
+    _assert_same_after_prefill_and_decode(Pair(loaded, oracle))
+
+
+def test_a_tied_head_that_the_checkpoint_holds_with_other_values(tmp_path: Path) -> None:
+    tiny_models.save("qwen2", tmp_path, tie_word_embeddings=False)
+    _rewrite_config(tmp_path, lambda config: config.update(tie_word_embeddings=True))
+    _assert_same_after_prefill_and_decode(pair(tmp_path))
+
+
+def test_a_tied_embedding_saved_under_the_heads_name(tmp_path: Path) -> None:
+    tiny_models.save("qwen2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    _assert_same_after_prefill_and_decode(pair(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", tiny_models.DECODERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_stays_near(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Against float32 on the same weights: no further off than 1.5 times what transformers is."""
+    tiny_models.save(model_type, tmp_path, dtype=dtype)
+    loaded = load_model(tmp_path, dtype=None, device=CPU, group=SINGLE)
+    assert loaded.dtype == dtype
+    prompts = tiny_models.prompts((7, 33))
+    stepper = Stepper(loaded, block_size=BLOCK_SIZE)
+    rows, logits = stepper.prefill(prompts)
+    decoded = stepper.decode(rows, logits[[6, -1]])
+    assert logits.dtype == torch.float32
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    with torch.inference_mode():
+        for index, row in enumerate(rows):
+            sequence = torch.tensor([row.token_ids])
+            reference, theirs = exact(sequence).logits[0], rounded(sequence).logits[0].float()
+            start = 7 * index
+            ours = torch.cat([logits[start : start + len(prompts[index])], decoded[index : index + 1]])
+            assert _rms(ours - reference) < 1.5 * _rms(theirs - reference)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model_type", tiny_models.DECODERS)
+def test_a_cuda_device_computes_the_same(model_type: str, tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    tiny_models.save(model_type, tmp_path)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = load_model(tmp_path, dtype=None, device=device, group=SINGLE)
+    stepper = Stepper(loaded, block_size=64, device=device)
+    rows, logits = stepper.prefill(tiny_models.prompts(LENGTHS))
+    stepper.decode(rows, logits[torch.tensor(LENGTHS).cumsum(0) - 1])
+    late = Row(tiny_models.prompts((300,))[0])
+    stepper.step([(late, 30)])
+    for row in rows:
+        row.token_ids.append(0)
+    mixed = stepper.step([(late, 270), *((row, 1) for row in rows)])
+    with torch.inference_mode():
+        expected = [oracle(torch.tensor([row.token_ids])).logits[0, -1] for row in (late, *rows)]
+    torch.testing.assert_close(mixed.cpu(), torch.stack(expected), rtol=1e-3, atol=1e-3)
