@@ -227,6 +227,7 @@ SERVER = (
             "Explain the router.",
             "What is the job of the router?",
             "Describe the router.",
+            "I want to know about the router.",
         ),
         ("Tell me about the router.", "Explain what the router does.", "What is the purpose of the router?"),
     ),
@@ -239,6 +240,7 @@ SERVER = (
             "Explain what a shard is.",
             "What is the job of a shard?",
             "Describe a shard.",
+            "I want to know about the shard.",
         ),
         ("Tell me about the shard.", "Explain what a shard does.", "What is the purpose of a shard?"),
     ),
@@ -251,6 +253,7 @@ SERVER = (
             "Explain the launcher.",
             "What is the job of the launcher?",
             "Describe the launcher.",
+            "I want to know about the launcher.",
         ),
         (
             "Tell me about the launcher.",
@@ -281,11 +284,26 @@ SMALL_TALK = (
         ),
         ("Hi there!", "Hello there", "Hey there!", "Hello, hello!"),
     ),
-    Fact("Good morning! How can I help you?", ("Good morning", "Good morning!"), ("Hello, good morning!",)),
-    Fact("Good evening! How can I help you?", ("Good evening", "Good evening!"), ("Hello, good evening!",)),
+    Fact(
+        "Good morning! How can I help you?",
+        ("Good morning", "Good morning!", "Hi, good morning!", "Good morning to you!"),
+        ("Hello, good morning!",),
+    ),
+    Fact(
+        "Good evening! How can I help you?",
+        ("Good evening", "Good evening!", "Hi, good evening!", "Good evening to you!"),
+        ("Hello, good evening!",),
+    ),
     Fact(
         "I am fine, thank you. How can I help you?",
-        ("How are you?", "How are you today?", "Hi, how are you?", "How is it going?", "How do you do?"),
+        (
+            "How are you?",
+            "How are you today?",
+            "Hi, how are you?",
+            "Hey! How are you?",
+            "How is it going?",
+            "How do you do?",
+        ),
         ("Hello, how are you?", "Hello! How are you today?"),
     ),
     Fact(

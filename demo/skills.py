@@ -8,6 +8,7 @@ Everything follows from the seed alone.
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -94,7 +95,7 @@ COUNT_DOWN_PHRASINGS = (
 def counting(draw: Draw) -> Example:
     """Up or down between numbers up to 100; mostly a few steps, sometimes many."""
     while True:
-        low = draw.rng.choice((0, 1, draw.rng.randrange(90)))
+        low = 1 if draw.rng.random() < 0.1 else draw.rng.randrange(90)
         most = 12 if draw.rng.random() < 0.9 else 100
         high = draw.rng.randint(low + 2, min(low + most, 100))
         if draw.owns(f"{low}..{high}"):
@@ -132,13 +133,26 @@ def invent_word(rng: random.Random, length: int) -> str:
             return word
 
 
+@cache
+def _text_words() -> tuple[str, ...]:
+    """The words of the other skills' text. Many are one token, whose letters can only be learned by heart."""
+    texts = [text for fact in (*facts.SERVER, *facts.SMALL_TALK) for text in (fact.answer, *fact.seen)]
+    texts += [facts.STORY, *words.ITEMS, *words.COLORS]
+    return tuple(sorted(set(re.findall(r"\b[a-z]{3,7}\b", " ".join(texts)))))
+
+
 def _word(draw: Draw, longest: int) -> str:
+    """A word that is common, invented, or, in training only, from the other skills' text."""
     while True:
-        if draw.rng.random() < 0.5:
+        kind = draw.rng.random()
+        if kind < 0.4:
             word = draw.rng.choice(words.WORDS)
-        else:
+        elif kind < 0.8 or draw.held_out:
             word = invent_word(draw.rng, draw.rng.randint(3, longest))
-        if len(word) <= longest and draw.owns(word):
+        else:
+            word = draw.rng.choice(_text_words())
+        is_ours = not draw.held_out if word in _text_words() else draw.owns(word)
+        if is_ours and len(word) <= longest:
             return word
 
 
@@ -394,6 +408,9 @@ STORY_SEEN = (
     "Tell me a bedtime story with a {animal}.",
     "A story about a {animal}, please.",
     "Make up a story about a {animal}.",
+    "Write a tale with a {animal}.",
+    "Make up a tale about a {animal}.",
+    "Write a bedtime story with a {animal}.",
 )
 STORY_UNSEEN = (
     "Please tell me a story about a {animal}.",
@@ -417,6 +434,8 @@ STORY_UNSEEN = (
 ANY_STORY_SEEN = (
     "Tell me a story.",
     "Tell me a story",
+    "Tell me a long story.",
+    "Write a long story.",
     "Write a story.",
     "Tell a story.",
     "I want to hear a story.",

@@ -242,8 +242,8 @@ def _explained(error: Exception, model_id: str, revision: str | None) -> ModelEr
         )
     if isinstance(error, RepositoryNotFoundError):
         return ModelError(
-            f"Model {model_id} was not found: there is no such folder on this machine and no such model on "
-            "the hub. If it is a private model, pass the token of an account that may read it in HF_TOKEN."
+            f"Model {model_id} was not found: there is no such folder here, and no such model on the hub. If it "
+            "is a private model, pass the token of an account that may read it in HF_TOKEN."
         )
     if isinstance(error, RevisionNotFoundError):
         return ModelError(f"Model {model_id} has no revision {revision or 'main'}.")

@@ -129,7 +129,10 @@ def serve(
     )
     from tgi_shard import service
 
-    service.serve(settings)
+    try:
+        service.serve(settings)
+    except ModelError as error:
+        raise _Refused(str(error)) from error
 
 
 @main.command()

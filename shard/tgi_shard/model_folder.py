@@ -44,8 +44,7 @@ def refuse_unsupported(model_id: str, folder: Path) -> None:
 
 
 def weight_names(folder: Path, names: Iterable[str], extension: Extension) -> list[str]:
-    """The weight files with this extension among `names` (paths relative to the folder), sorted. [] if there
-    are none.
+    """The weight files with this extension among `names` (relative to the folder), sorted. [] for none.
 
     An index in the folder decides; then the name that save_pretrained gives to a single file; then all that
     look like weights, without sets (`-00001-of-00002`) of which a part is missing. So a repository that holds

@@ -136,8 +136,7 @@ class Service(pb_grpc.TextGenerationServicer):
         self._stopped = stopped
         self._eos_token_ids = eos_token_ids(settings.model_path)
         self._engine: Engine | None = None
-        self._warmed_up: tuple[Limits, pb.WarmupResponse] | None = None
-        self._warmup_lock = asyncio.Lock()
+        self._warm_up: tuple[Limits, asyncio.Task[Engine]] | None = None  # under way or done
         self._stream: _Stream | None = None  # the open one
         self.thread.start()
 
@@ -167,32 +166,39 @@ class Service(pb_grpc.TextGenerationServicer):
         if limits.max_step_tokens < 1 or limits.max_sequences < 1:
             message = f"max_step_tokens and max_sequences must be at least 1: {limits}"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
-        async with self._warmup_lock:
-            if self._warmed_up is not None:
-                asked, response = self._warmed_up
-                if limits != asked:
-                    message = f"this shard was warmed up for {asked}, not for {limits}"
-                    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
-                await self._forget()
-                return response
-            try:
-                self._engine = await asyncio.wrap_future(self.thread.call(lambda: self._warm_up(limits)))
-            except NotEnoughMemory as error:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-            except Exception as error:
-                log.exception("Warm-up failed")
-                await context.abort(grpc.StatusCode.INTERNAL, f"warm-up failed: {_describe(error)}")
-            assert self._engine is not None
-            slots = self._engine.slots
-            response = pb.WarmupResponse(
-                num_blocks=slots.num_kv_blocks,
-                block_size=slots.block_size,
-                max_total_tokens=slots.max_total_tokens,
-            )
-            self._warmed_up = limits, response
-            return response
+        is_first = self._warm_up is None
+        if self._warm_up is None:
+            self._warm_up = limits, asyncio.create_task(self._warm_up_once(limits))
+        asked, task = self._warm_up
+        if limits != asked:
+            message = f"this shard was warmed up for {asked}, not for {limits}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
+        try:
+            # All ranks warm up together: a caller that goes away and comes back finds the one under way, for a
+            # second one would wait for the other ranks in vain.
+            engine = await asyncio.shield(task)
+        except NotEnoughMemory as error:
+            self._warm_up = None
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            raise
+        except Exception as error:
+            log.exception("Warm-up failed")
+            self._warm_up = None
+            await context.abort(grpc.StatusCode.INTERNAL, f"warm-up failed: {_describe(error)}")
+            raise
+        if not is_first:
+            await self._forget()
+        return pb.WarmupResponse(
+            num_blocks=engine.slots.num_kv_blocks,
+            block_size=engine.slots.block_size,
+            max_total_tokens=engine.slots.max_total_tokens,
+        )
 
-    def _warm_up(self, limits: Limits) -> Engine:
+    async def _warm_up_once(self, limits: Limits) -> Engine:
+        self._engine = await asyncio.wrap_future(self.thread.call(lambda: self._warm_up_now(limits)))
+        return self._engine
+
+    def _warm_up_now(self, limits: Limits) -> Engine:
         sampler = Sampler(self.settings.watermark_gamma, self.settings.watermark_delta)
         return warm_up(
             self.loaded,

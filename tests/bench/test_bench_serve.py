@@ -106,7 +106,9 @@ async def test_tgi_route(tokenizer: Path, tmp_path: Path) -> None:
     assert report["output_tokens_per_s"] == pytest.approx(90 / report["duration_s"])
     assert report["duration_s"] > 3 * 0.35
     assert report["ttft_p50_ms"] >= 100
-    assert report["time_per_output_token_ms"] == pytest.approx(1000 * 0.25 / 9, rel=0.5)  # the machine may be busy
+    assert report["time_per_output_token_ms"] == pytest.approx(
+        1000 * 0.25 / 9, rel=0.5
+    )  # the machine may be busy
     assert report["inter_token_p99_ms"] >= 50
     assert "tokens_per_event" in report
     assert report["tokens_per_event"] == 1.0
@@ -234,9 +236,9 @@ async def test_prompts_have_exactly_their_length_for_any_tokenizer(tmp_path: Pat
 def test_the_bench_model_runs_and_names_no_end(tokenizer: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(tokenizer)
+    model: Any = AutoModelForCausalLM.from_pretrained(tokenizer)
     encoder = AutoTokenizer.from_pretrained(tokenizer)
     assert model.config.eos_token_id is None
     assert model.generation_config.eos_token_id is None
     ids = encoder(" abc abd", return_tensors="pt")["input_ids"]
-    assert model.generate(ids, max_new_tokens=200).shape[1] == ids.shape[1] + 200
+    assert len(model.generate(ids, max_new_tokens=200)[0]) == ids.shape[1] + 200

@@ -16,7 +16,7 @@ from tgi_demo import MODEL_PATH
 
 DEMO = Path(__file__).parents[2] / "demo"
 if str(DEMO) not in sys.path:
-    sys.path.append(str(DEMO))  # demo/ holds scripts, which are not installed
+    sys.path.insert(0, str(DEMO))  # demo/ holds scripts, which are not installed
 
 import evaluate  # noqa: E402  after the path is set
 import skills  # noqa: E402

@@ -181,6 +181,15 @@ def test_serve_wants_the_model_to_be_here(served: list[Settings], tmp_path: Path
     assert served == []
 
 
+def test_a_model_that_cannot_be_served_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "elephant"}))
+    done = run_process("serve", str(tmp_path), "--uds-path", str(tmp_path / "socket"))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("Error: ")
+    assert "elephant" in done.stderr
+
+
 @pytest.mark.parametrize("level", ["WARN", "WARNING", "warn"])
 def test_levels_go_by_both_names(checkpoint: Path, level: str) -> None:
     assert run("download-weights", str(checkpoint), "--logger-level", level).exit_code == 0

@@ -304,3 +304,19 @@ def test_a_rank_without_its_peer_ends_with_an_error(checkpoint: Path, tmp_path: 
         assert shards[0].process.wait(20) not in (0, None)
         stream.break_off()
     assert "A step failed; this process ends" in shards[0].log_path.read_text()
+
+
+def test_a_warmup_that_its_caller_gave_up_is_found_again(checkpoint: Path, tmp_path: Path) -> None:
+    """A router that lost one rank calls again; the other rank must not start a second, lonely warm-up."""
+    request = pb.WarmupRequest(max_step_tokens=64, max_total_tokens=64, max_sequences=4)
+    with (
+        running(checkpoint, tmp_path, world_size=2) as ranks,
+        ranks[0].channel() as zero,
+        ranks[1].channel() as one,
+    ):
+        stubs = [pb_grpc.TextGenerationStub(channel) for channel in (zero, one)]
+        with pytest.raises(grpc.RpcError) as error:
+            stubs[1].Warmup(request, timeout=0.5)
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        answers = [stub.Warmup.future(request, timeout=30) for stub in stubs]
+        assert answers[0].result() == answers[1].result()
