@@ -237,13 +237,13 @@ def _explained(error: Exception, model_id: str, revision: str | None) -> ModelEr
         return _explained(error.__cause__, model_id, revision)
     if isinstance(error, GatedRepoError):
         return ModelError(
-            f"Access to model {model_id} is restricted: ask for it on the model's page, and pass the token of "
-            "an account that has it in HF_TOKEN."
+            f"Access to model {model_id} is restricted: ask for it on the model's page, and pass the token "
+            "of an account that has it in HF_TOKEN."
         )
     if isinstance(error, RepositoryNotFoundError):
         return ModelError(
-            f"Model {model_id} was not found: there is no such folder here, and no such model on the hub. If it "
-            "is a private model, pass the token of an account that may read it in HF_TOKEN."
+            f"Model {model_id} was not found: there is no such folder here, and no such model on the hub. "
+            "If it is a private model, pass the token of an account that may read it in HF_TOKEN."
         )
     if isinstance(error, RevisionNotFoundError):
         return ModelError(f"Model {model_id} has no revision {revision or 'main'}.")

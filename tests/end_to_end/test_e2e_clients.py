@@ -75,8 +75,9 @@ def test_openai_completions(openai_client: openai.OpenAI) -> None:
 
 
 def test_openai_error_is_readable(openai_client: openai.OpenAI) -> None:
-    with pytest.raises(openai.UnprocessableEntityError, match="max_new_tokens"):
+    with pytest.raises(openai.UnprocessableEntityError) as error:
         openai_client.completions.create(model="tgi", prompt=PROMPT, max_tokens=0)
+    assert error.value.body == "Input validation error: `max_new_tokens` must be strictly positive"
 
 
 def test_openai_lists_the_model(openai_client: openai.OpenAI) -> None:

@@ -319,7 +319,7 @@ def test_progress_tells_rate_and_remaining_time(
         prepare(replace(hub, progress_every_s=0.02, retry_wait_s=0.1))
     lines = [record.message for record in caplog.records if record.message.startswith("Download: ")]
     assert any(" MB/s -- ETA: 0:00:0" in line for line in lines)
-    assert lines[-1] == "Download: [2/2] -- ETA: 0:00:00"
+    assert "Download: [2/2] -- ETA: 0:00:00" in lines
 
 
 def _with_gpt2_vocabulary(checkpoint: Path, folder: Path) -> Path:
