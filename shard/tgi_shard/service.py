@@ -174,7 +174,7 @@ class Service(pb_grpc.TextGenerationServicer):
             message = f"this shard was warmed up for {asked}, not for {limits}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
         try:
-            # All ranks warm up together: a caller that goes away and comes back finds the one under way, for a
+            # All ranks warm up together: a caller that goes away and comes back finds the one under way. A
             # second one would wait for the other ranks in vain.
             engine = await asyncio.shield(task)
         except NotEnoughMemory as error:
