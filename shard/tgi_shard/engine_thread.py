@@ -33,13 +33,17 @@ class _Launched:
 
 
 class EngineThread:
-    """`on_failure` is called, in this thread, with what a plan raised; nothing runs after that."""
+    """`on_failure` is called, in this thread, with what a plan raised; nothing runs after that.
 
-    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+    Set it before the first plan.
+    """
+
+    on_failure: Callable[[Exception], None]
+
+    def __init__(self) -> None:
         self.last_step_id = 0
         self.last_step_ended_at: float | None = None  # time.monotonic(), like the next
         self.step_began_at: float | None = None  # None: no step is under way
-        self._on_failure = on_failure
         self._queue: queue.SimpleQueue[_Step | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -75,7 +79,7 @@ class EngineThread:
         try:
             self._loop()
         except Exception as error:
-            self._on_failure(error)
+            self.on_failure(error)
 
     def _loop(self) -> None:
         launched: _Launched | None = None

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import torch
 
 from tgi_proto import generate_pb2 as pb
 from tgi_proto import generate_pb2_grpc as pb_grpc
@@ -55,17 +56,23 @@ def serve(settings: Settings) -> None:
     group = init_group(
         settings.rank, settings.world_size, settings.device, settings.master_addr, settings.master_port
     )
+    thread = EngineThread()
+    thread.start()
     try:
-        loaded = _load(settings, group)
+        # In the thread that will run the steps: OpenMP keeps a pool of threads for every thread that has ever
+        # computed, and lets all of them spin less once they are more than there are cores.
+        loaded = thread.call(lambda: _load(settings, group)).result()
         gc.collect()
         gc.freeze()  # what is loaded stays: the collector need not walk through it again
-        asyncio.run(_serve(settings, loaded, group, f"unix://{socket}"))
+        asyncio.run(_serve(settings, loaded, group, thread, f"unix://{socket}"))
     finally:
         socket.unlink(missing_ok=True)
         close_group(group)
 
 
 def _load(settings: Settings, group: Group) -> LoadedModel:
+    if settings.device.type == "cuda":
+        torch.cuda.set_device(settings.device)  # the current device is a thread's own
     began_at = time.monotonic()
     progress = _Progress()
     loaded = load_model(
@@ -104,12 +111,14 @@ class _Progress:
             log.info("Loading weights: %d%% (%.2f of %.2f GB)", percent, bytes_done / 1e9, bytes_total / 1e9)
 
 
-async def _serve(settings: Settings, loaded: LoadedModel, group: Group, address: str) -> None:
+async def _serve(
+    settings: Settings, loaded: LoadedModel, group: Group, thread: EngineThread, address: str
+) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    service = Service(settings, loaded, group, stopped)
+    service = Service(settings, loaded, group, thread, stopped)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     pb_grpc.add_TextGenerationServicer_to_server(service, server)
     server.add_insecure_port(address)
@@ -126,19 +135,26 @@ async def _serve(settings: Settings, loaded: LoadedModel, group: Group, address:
 class Service(pb_grpc.TextGenerationServicer):
     """The methods of generate.proto. `stopped` is set when a step has failed for good."""
 
-    def __init__(self, settings: Settings, loaded: LoadedModel, group: Group, stopped: asyncio.Event) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: LoadedModel,
+        group: Group,
+        thread: EngineThread,
+        stopped: asyncio.Event,
+    ) -> None:
         self.settings = settings
         self.loaded = loaded
         self.group = group
         self.failure: Exception | None = None
-        self.thread = EngineThread(self._on_failure)
+        self.thread = thread
+        self.thread.on_failure = self._on_failure
         self._loop = asyncio.get_running_loop()
         self._stopped = stopped
         self._eos_token_ids = eos_token_ids(settings.model_path)
         self._engine: Engine | None = None
         self._warm_up: tuple[Limits, asyncio.Task[Engine]] | None = None  # under way or done
         self._stream: _Stream | None = None  # the open one
-        self.thread.start()
 
     async def Info(self, request: pb.InfoRequest, context: "Context") -> pb.InfoResponse:
         return pb.InfoResponse(
