@@ -13,8 +13,13 @@ BIN := $(VENV)/bin
 
 ifeq ($(CUDA),1)
 CONSTRAINTS :=
+INSTALL_TORCH := $(BIN)/pip install torch
 else
 CONSTRAINTS := -c deploy/constraints-cpu.txt
+# The CPU build lies in an index of its own. Where that cannot be reached the usual index serves: its build for
+# Linux runs on a CPU as well, but brings gigabytes of CUDA.
+INSTALL_TORCH := $(BIN)/pip install --no-deps --retries 0 --timeout 15 $(CONSTRAINTS) \
+	--extra-index-url https://download.pytorch.org/whl/cpu torch
 endif
 
 .PHONY: serve test test-matrix lint format proto clean
@@ -23,6 +28,7 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/pip pyproject.toml deploy/constraints-cpu.txt
+	$(INSTALL_TORCH)
 	$(BIN)/pip install $(CONSTRAINTS) -e .
 	touch $@
 

@@ -194,6 +194,18 @@ async def test_draining_without_shards_fails_what_is_open(tmp_path: Path) -> Non
         assert isinstance(ear.error, ShardsGone)
 
 
+async def test_losing_the_shards_while_draining_fails_what_is_open(tmp_path: Path) -> None:
+    async with running_loop(tmp_path, step_s=0.01) as (loop, _, crash):
+        ear = Ear(make_request((1, 2), 1000))
+        loop.submit(ear.request, ear)
+        await asyncio.wait_for(until(lambda: len(ear.tokens) > 1), 5)
+        draining = asyncio.create_task(loop.drain())
+        await asyncio.sleep(0.02)
+        await crash()
+        await asyncio.wait_for(draining, 5)
+        assert isinstance(ear.error, ShardsGone)
+
+
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110  # a test waits for another task's effect
         await asyncio.sleep(0.005)

@@ -71,6 +71,7 @@ class StepLoop:
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
         self._are_shards_back = False
+        self._is_draining = False
 
     @property
     def model(self) -> ModelFacts:
@@ -116,10 +117,8 @@ class StepLoop:
             sequence.listener.on_error(error)
 
     async def drain(self) -> None:
-        """Wait until every sequence is over.
-
-        If the shards are away, nobody knows for how long: all fail at once.
-        """
+        """Wait until every sequence is over. Without shards that would be for ever: then all fail at once."""
+        self._is_draining = True
         if not self._are_shards_back:
             self.fail_all(ShardsGone("the model shards are not available"))
         await self._idle.wait()
@@ -153,6 +152,8 @@ class StepLoop:
             finally:
                 await stream.close()
             self._are_shards_back = False
+            if self._is_draining:  # the launcher restarts nothing any more
+                self.fail_all(ShardsGone("the model shards are not available"))
             lost_at = self._clock()
             self._accept(await recovery.connect(self._group, self._sizes, self._clock))
             self._metrics.tgi_recoveries.inc()
