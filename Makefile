@@ -22,7 +22,7 @@ INSTALL_TORCH := $(BIN)/pip install --no-deps --retries 0 --timeout 15 $(CONSTRA
 	--extra-index-url https://download.pytorch.org/whl/cpu torch
 endif
 
-.PHONY: serve test test-matrix lint format proto clean
+.PHONY: serve test test-matrix simulate lint format proto clean
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ test: $(VENV)/.installed-test
 
 test-matrix: $(VENV)/.installed-test
 	$(BIN)/pytest -n 2 --dist loadfile -m matrix --timeout 1200
+
+simulate: $(VENV)/.installed-test
+	$(BIN)/python tests/simulation/simulate.py --schedules 20000
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,339 @@
+"""The real router without its outside, under seeded schedules of faults.
+
+Step loop, scheduler, allocator, prefix cache, recovery and streaming run as they are; clock, transport and
+shards are simulated. A simulated shard computes the next token from all tokens before it (scripted_shard) and
+checks every KV slot that it reads. So whatever a client receives can be compared with what it must be, and
+after every event the books of blocks and permits must balance. A seed names a schedule: a failing one replays
+exactly.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import virtual_time
+
+from scripted_shard import ScriptedShard, next_token
+from tgi_proto import generate_pb2 as pb
+from tgi_router.errors import ClientGone, GenerationFailed, Overloaded
+from tgi_router.generation import Answer, GeneratedToken, Generation, Mailbox, Run
+from tgi_router.metrics import Metrics
+from tgi_router.request import Request, Sampling
+from tgi_router.scheduling.plan import StepPlan, StepResult
+from tgi_router.scheduling.step_loop import StepLoop
+from tgi_router.shards.client import ModelFacts, ShardsLost, WarmupSizes, decode_result, encode_plan
+
+VOCAB_SIZE = 200
+EOS_TOKEN_ID = 7
+MAX_TOTAL_TOKENS = 48
+LONGEST_SCHEDULE_S = 3600.0  # of simulated time: who is not served by then has starved
+
+
+class Violation(AssertionError):
+    """The router broke a promise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """How likely things go wrong, each time they could."""
+
+    crash: float = 0.0  # the shards die in a step
+    stall: float = 0.0  # a step takes half a minute
+    failed_restart: float = 0.0  # an attempt to reach the shards fails
+    shrink: float = 0.0  # restarted shards have fewer blocks
+    not_finite: float = 0.0  # a sequence of a step cannot be sampled
+    abort: float = 0.0  # a client leaves at some moment
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Faults":
+        """Each kind is absent, rare or common."""
+        levels = {
+            "crash": (0.0, 0.01, 0.1),
+            "stall": (0.0, 0.01, 0.05),
+            "failed_restart": (0.0, 0.3, 0.8),
+            "shrink": (0.0, 0.0, 0.3),
+            "not_finite": (0.0, 0.0, 0.02),
+            "abort": (0.0, 0.1, 0.5),
+        }
+        return cls(**{name: rng.choice(choices) for name, choices in levels.items()})
+
+
+class SimulatedGroup:
+    """In the place of ShardGroup."""
+
+    def __init__(self, rng: random.Random, faults: Faults, shard: ScriptedShard) -> None:
+        self.rng = rng
+        self.faults = faults
+        self.shard = shard
+        self.failed: set[int] = set()  # sequences that were told to have failed
+        self.check: Callable[[], None] = lambda: None  # after every event
+        self.num_crashes = 0
+
+    async def connect(self, sizes: WarmupSizes) -> ModelFacts:
+        await asyncio.sleep(self.rng.uniform(0.0, 2.0))
+        if self.rng.random() < self.faults.failed_restart:
+            raise ShardsLost("not there yet")
+        if self.rng.random() < self.faults.shrink:
+            # One longest sequence always fits: the launcher refuses to serve with less.
+            floor = -(-MAX_TOTAL_TOKENS // self.shard.block_size)
+            self.shard.num_blocks = max(floor, self.shard.num_blocks * 3 // 4)
+        self.shard.forget()
+        self.shard.kv.clear()
+        self.shard.max_step_tokens, self.shard.max_sequences = sizes.max_step_tokens, sizes.max_sequences
+        return ModelFacts(
+            model_type="simulated",
+            dtype="float32",
+            device_type="cpu",
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=0,
+            eos_token_ids=frozenset({EOS_TOKEN_ID}),
+            world_size=1,
+            num_blocks=self.shard.num_blocks,
+            block_size=self.shard.block_size,
+            max_total_tokens=MAX_TOTAL_TOKENS,
+        )
+
+    def open(self, wake: Callable[[], None]) -> "SimulatedStream":
+        return SimulatedStream(self, wake)
+
+    async def close(self) -> None:
+        pass
+
+
+class SimulatedStream:
+    """In the place of GroupStream: plans arrive, run and answer in order, each with delays of its own."""
+
+    def __init__(self, group: SimulatedGroup, wake: Callable[[], None]) -> None:
+        self.results: deque[StepResult] = deque()
+        self.lost: ShardsLost | None = None
+        self._group = group
+        self._wake = wake
+        self._plans: asyncio.Queue[bytes] = asyncio.Queue()
+        self._worker = asyncio.create_task(self._work())
+
+    async def send(self, plan: StepPlan) -> None:
+        self._group.check()
+        if self.lost is not None:
+            raise self.lost
+        self._plans.put_nowait(encode_plan(plan))
+
+    async def close(self) -> None:
+        self._worker.cancel()
+
+    async def _work(self) -> None:
+        group, rng = self._group, self._group.rng
+        while True:
+            plan = pb.StepPlan.FromString(await self._plans.get())
+            await asyncio.sleep(30.0 if rng.random() < group.faults.stall else rng.uniform(0.001, 0.05))
+            if rng.random() < group.faults.crash:
+                group.num_crashes += 1
+                self.lost = ShardsLost("crashed")
+                self._wake()
+                return
+            result = group.shard.apply(plan)
+            if result.sequence_ids and rng.random() < group.faults.not_finite:
+                self._fail(result, rng.randrange(len(result.sequence_ids)))
+            self.results.append(decode_result(result.SerializeToString()))
+            self._wake()
+            if rng.random() < 0.3:
+                await asyncio.sleep(0)  # the router may look now, or find two results at once
+
+    def _fail(self, result: pb.StepResult, row: int) -> None:
+        """As a shard does: the sequence is dropped and told, its neighbours go on."""
+        sequence_id = result.sequence_ids[row]
+        for column in (result.sequence_ids, result.token_ids, result.logprobs, result.num_top_tokens):
+            del column[row]
+        self._group.failed.add(sequence_id)
+        result.failed.append(pb.FailedSequence(sequence_id=sequence_id, message="scores are not finite"))
+
+
+class LetterTokenizer:
+    """A token is a character."""
+
+    special_ids = frozenset({EOS_TOKEN_ID})
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(chr(0x100 + token_id) for token_id in token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """In the place of a Draft: what a client wants, already checked."""
+
+    requests: list[Request]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.requests)
+
+    num_choices = 1
+
+
+class NoValidator:
+    def check_stream(self, asked: Asked) -> None:
+        pass
+
+    def check_best_of(self, asked: Asked) -> None:
+        pass
+
+    async def validate(self, asked: Asked) -> list[Request]:
+        await asyncio.sleep(0)
+        return asked.requests
+
+
+@dataclass
+class Tally:
+    """How the clients of a schedule fared."""
+
+    answered: int = 0
+    aborted: int = 0
+    overloaded: int = 0
+    failed: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Simulation:
+    seed: int
+    tally: Tally = field(default_factory=Tally)
+
+    def run(self) -> Tally:
+        """One schedule. Raises Violation, or whatever else a broken router raises."""
+        try:
+            virtual_time.run(self._run())
+        except virtual_time.Stuck:
+            raise Violation("everybody waits for ever") from None
+        return self.tally
+
+    async def _run(self) -> None:
+        rng = self.rng = random.Random(self.seed)
+        faults = Faults.draw(rng)
+        block_size = rng.choice((1, 2, 4, 8))
+        num_blocks = -(-MAX_TOTAL_TOKENS // block_size) + rng.randrange(1 + 100 // block_size)
+        shard = ScriptedShard(num_blocks=num_blocks, block_size=block_size, vocab_size=VOCAB_SIZE)
+        self.group = SimulatedGroup(rng, faults, shard)
+        self.group.check = self._check
+        metrics = Metrics()
+        metrics.open_lengths(MAX_TOTAL_TOKENS, MAX_TOTAL_TOKENS)
+        clock = asyncio.get_running_loop().time
+        self.step_loop = StepLoop(
+            self.group,  # type: ignore[arg-type]
+            metrics,
+            max_batch_prefill_tokens=rng.randrange(1, 64),
+            max_total_tokens=MAX_TOTAL_TOKENS,
+            max_sequences=rng.randrange(1, 8),
+            share_prefixes=rng.random() < 0.8,
+            clock=clock,
+        )
+        self.max_permits = rng.randrange(2, 10)
+        self.generation = Generation(
+            self.step_loop,
+            NoValidator(),  # type: ignore[arg-type]
+            LetterTokenizer(),  # type: ignore[arg-type]
+            metrics,
+            eos_token_ids={EOS_TOKEN_ID},
+            max_concurrent_requests=self.max_permits,
+            clock_ns=lambda: int(clock() * 1e9),
+        )
+        async with asyncio.timeout(LONGEST_SCHEDULE_S):
+            await self.step_loop.start()
+            await asyncio.gather(*(self._client(number) for number in range(rng.randrange(1, 10))))
+            await self.step_loop.drain()
+        self._check()
+        await self._check_nothing_is_left()
+        await self.step_loop.close()
+
+    async def _client(self, number: int) -> None:
+        rng = self.rng
+        await asyncio.sleep(rng.choice((0.0, rng.uniform(0.0, 3.0))))
+        prompt = tuple(rng.randrange(3) for _ in range(rng.randrange(1, 30)))
+        max_new_tokens = rng.randrange(1, MAX_TOTAL_TOKENS - len(prompt) + 1)
+        asked = Asked(
+            [
+                Request(f"{number}", "", prompt, Sampling(), max_new_tokens, choice=choice)
+                for choice in range(rng.choice((1, 1, 2)))
+            ]
+        )
+        mailbox = Mailbox()
+        try:
+            run = await self.generation.begin(
+                asked,  # type: ignore[arg-type]
+                mailbox,
+                streams=True,
+                started_ns=0,
+                route="/",
+            )
+        except Overloaded:
+            self.tally.overloaded += 1
+            return
+        leaving = (
+            asyncio.create_task(self._leave(mailbox)) if rng.random() < self.group.faults.abort else None
+        )
+        try:
+            await self._read(run, mailbox)
+        finally:
+            run.close()
+            if leaving is not None:
+                leaving.cancel()
+
+    async def _leave(self, mailbox: Mailbox) -> None:
+        await asyncio.sleep(self.rng.expovariate(2.0))
+        mailbox.close()
+
+    async def _read(self, run: Run, mailbox: Mailbox) -> None:
+        """Until every answer is over, comparing each token with what it must be."""
+        expected = {answer: list(answer.request.prompt_token_ids) for answer in run.answers}
+        open_answers = set(run.answers)
+        while open_answers:
+            if mailbox.is_closed:
+                self.tally.aborted += 1
+                return
+            for answer, token in await self._take(mailbox):
+                if answer not in open_answers:
+                    raise Violation("news of an answer that is over")
+                if token is None:
+                    if not isinstance(answer.error, GenerationFailed) or not self.group.failed:
+                        raise Violation(f"an answer ended with {answer.error!r}")
+                    self.tally.failed += 1
+                    open_answers.discard(answer)
+                    continue
+                token_ids = expected[answer]
+                if token.id != next_token(token_ids, VOCAB_SIZE):
+                    raise Violation(f"token {token.index} is wrong, doubled or lost")
+                token_ids.append(token.id)
+                self.tally.tokens += 1
+                if answer.ends_with(token):
+                    num_tokens = len(token_ids) - len(answer.request.prompt_token_ids)
+                    if token.id != EOS_TOKEN_ID and num_tokens != answer.request.max_new_tokens:
+                        raise Violation("an answer ended too early")
+                    self.tally.answered += 1
+                    open_answers.discard(answer)
+
+    async def _take(self, mailbox: Mailbox) -> list[tuple[Answer, GeneratedToken | None]]:
+        try:
+            return list(await mailbox.take())
+        except ClientGone:
+            return []
+
+    def _check(self) -> None:
+        scheduler = self.step_loop._scheduler
+        scheduler.allocator.check([sequence.block_ids for sequence in scheduler.running.values()])
+        if len(scheduler.running) > scheduler.limits.max_sequences:
+            raise Violation("more sequences run than may")
+        waiting = {sequence.sequence_id for sequence in scheduler.waiting}
+        if waiting | set(scheduler.running) != set(self.step_loop._sequences):
+            raise Violation("a living sequence neither runs nor waits")
+        num_free = self.generation.permits._num_free
+        if not 0 <= num_free <= self.max_permits:
+            raise Violation(f"{num_free} of {self.max_permits} permits are free")
+
+    async def _check_nothing_is_left(self) -> None:
+        await asyncio.sleep(60.0)  # the last plan drops what ended
+        if self.step_loop._sequences:
+            raise Violation("a sequence outlived its client")
+        if self.step_loop._scheduler.allocator.num_held:
+            raise Violation("a block is held by nobody")
+        if self.generation.permits._num_free != self.max_permits:
+            raise Violation("a permit is lost")

@@ -1,0 +1,56 @@
+"""Short schedules of faults, hundreds of them; `make simulate` runs twenty thousand."""
+
+import pytest
+from simulate import simulate
+from simulator import Simulation, Violation
+
+from tgi_router.generation import Permits
+from tgi_router.scheduling.block_allocator import BlockAllocator
+from tgi_router.scheduling.scheduler import Scheduler
+
+NUM_SCHEDULES = 600
+
+
+def test_no_schedule_breaks_a_promise() -> None:
+    total = simulate(range(NUM_SCHEDULES))
+    # The schedules are worth something: all of this has happened, and often.
+    assert total["answered"] > NUM_SCHEDULES
+    assert min(total["aborted"], total["overloaded"], total["failed"]) > NUM_SCHEDULES // 50
+
+
+def test_a_schedule_replays_exactly() -> None:
+    for seed in range(20):
+        assert Simulation(seed).run() == Simulation(seed).run()
+
+
+def test_it_finds_a_double_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = BlockAllocator.release
+
+    def release_twice(self: BlockAllocator, block_ids: list[int]) -> None:
+        release(self, block_ids)
+        if len(block_ids) > 3:
+            release(self, block_ids[:1])
+
+    monkeypatch.setattr(BlockAllocator, "release", release_twice)
+    with pytest.raises(Violation):
+        simulate(range(NUM_SCHEDULES))
+
+
+def test_it_finds_a_lost_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    restart = Scheduler.restart
+
+    def forget_one(self: Scheduler, allocator: BlockAllocator) -> None:
+        if len(self.running) > 1:
+            self.running.popitem()
+        restart(self, allocator)
+
+    monkeypatch.setattr(Scheduler, "restart", forget_one)
+    with pytest.raises(Violation):
+        simulate(range(NUM_SCHEDULES))
+
+
+def test_it_finds_a_permit_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_back = Permits.give_back
+    monkeypatch.setattr(Permits, "give_back", lambda self, count: give_back(self, min(count, 1)))
+    with pytest.raises(Violation):
+        simulate(range(NUM_SCHEDULES))
