@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 BOS_ID, EOS_ID, PAD_ID = 256, 257, 258  # the 256 bytes come before them, a few two-letter tokens after them
 NUM_BYTES = 256
@@ -43,7 +43,287 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+ROPE = {"rope_theta": 5000.0}
+_MOE = {"num_local_experts": 6, "num_experts_per_tok": 2}
+_GPT = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512}
+
+_CONFIGS |= {
+    "gemma": _COMMON | {"vocab_size": 265, "head_dim": 20, "num_key_value_heads": 1},
+    "gemma2": _COMMON
+    | {
+        "vocab_size": 265,
+        "head_dim": 24,
+        "query_pre_attn_scalar": 30,
+        "sliding_window": 20,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 4.0,
+        "num_hidden_layers": 3,
+    },
+    "gemma3_text": _COMMON
+    | {
+        "vocab_size": 265,
+        "head_dim": 24,
+        "query_pre_attn_scalar": 30,
+        "sliding_window": 20,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "phi": _COMMON | {"vocab_size": 259},
+    "phi3": _COMMON | {"vocab_size": 266},
+    "stablelm": _COMMON | {"vocab_size": 260, "use_qkv_bias": True},
+    "olmo": _COMMON | {"vocab_size": 264, "clip_qkv": 1.5},
+    "olmo2": _COMMON | {"vocab_size": 264},
+    "olmo3": _COMMON
+    | {
+        "vocab_size": 264,
+        "num_hidden_layers": 3,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "granite": _COMMON
+    | {
+        "vocab_size": 263,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.5,
+    },
+    "cohere": _COMMON | {"vocab_size": 262, "tie_word_embeddings": True, "logit_scale": 0.4},
+    "cohere2": _COMMON
+    | {
+        "vocab_size": 262,
+        "tie_word_embeddings": True,
+        "logit_scale": 0.4,
+        "sliding_window": 20,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "starcoder2": _COMMON | {"vocab_size": 261, "sliding_window": 24, "tie_word_embeddings": True},
+    "smollm3": _COMMON | {"vocab_size": 261, "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
+    "glm": _COMMON | {"vocab_size": 267, "head_dim": 24, "attention_bias": True},
+    "glm4": _COMMON | {"vocab_size": 267, "head_dim": 24, "attention_bias": True},
+    "exaone4": _COMMON
+    | {
+        "vocab_size": 268,
+        "num_hidden_layers": 3,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "gpt_neox": _COMMON | {"vocab_size": 269, "num_key_value_heads": 4},
+    "gptj": _GPT | {"vocab_size": 269, "rotary_dim": 8, "tie_word_embeddings": False},
+    "gpt_neo": {
+        "vocab_size": 269,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 20,
+        "max_position_embeddings": 512,
+    },
+    "gpt_bigcode": _GPT | {"vocab_size": 270},
+    "opt": _COMMON
+    | {
+        "vocab_size": 271,
+        "num_key_value_heads": 4,
+        "ffn_dim": 112,
+        "word_embed_proj_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "bloom": {"vocab_size": 271, "hidden_size": 64, "n_head": 4, "n_layer": 2, "tie_word_embeddings": False},
+    "falcon": _COMMON | {"vocab_size": 271, "tie_word_embeddings": True},
+    "mpt": {
+        "vocab_size": 264,
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 512,
+        "attn_config": {"clip_qkv": 1.5},
+    },
+    "mixtral": _COMMON | _MOE | {"vocab_size": 260, "sliding_window": 20},
+    "qwen2_moe": _COMMON
+    | {
+        "vocab_size": 272,
+        "num_hidden_layers": 3,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": _COMMON
+    | {
+        "vocab_size": 261,
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "phimoe": _COMMON
+    | _MOE
+    | {"vocab_size": 266, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.2},
+    "olmoe": _COMMON
+    | {"vocab_size": 264, "num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24},
+    "gpt_oss": _COMMON
+    | _MOE
+    | {"vocab_size": 269, "head_dim": 24, "sliding_window": 20, "swiglu_limit": 0.8, "rope_parameters": ROPE},
+    "granitemoe": _COMMON | _MOE | {"vocab_size": 263, "attention_multiplier": 0.2, "logits_scaling": 2.5},
+    "dbrx": {
+        "vocab_size": 272,
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 10000.0},
+        "ffn_config": {
+            "ffn_hidden_size": 48,
+            "moe_num_experts": 6,
+            "moe_top_k": 3,
+            "ffn_act_fn": {"name": "silu"},
+        },
+        "tie_word_embeddings": False,
+    },
+}
+
 DECODERS: tuple[str, ...] = tuple(_CONFIGS)
+
+# Every family takes a short test; these, which have most traits between them, all the others too. `make
+# test-matrix` puts every family to every test.
+REPRESENTATIVES = (
+    *("llama", "mistral", "gemma2", "gemma3_text", "phi", "cohere2", "olmo2"),
+    *("gpt_neox", "gptj", "falcon", "bloom", "opt", "qwen2_moe", "gpt_oss"),
+)
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 30,
+}
+# Other settings of a family: name -> (model_type, fields of its config).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "llama-no-gqa": ("llama", {"num_key_value_heads": 4}),
+    "llama-odd-head-dim": ("llama", {"head_dim": 10, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama-linear": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.5}}),
+    "llama-llama3": (
+        "llama",
+        {"rope_parameters": ROPE | LLAMA3 | {"original_max_position_embeddings": 64}},
+    ),
+    "llama-yarn": ("llama", {"rope_parameters": ROPE | YARN}),
+    "llama-yarn-mscale": (
+        "llama",
+        {"rope_parameters": ROPE | YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}},
+    ),
+    "llama-yarn-factors": (
+        "llama",
+        {"rope_parameters": ROPE | YARN | {"attention_factor": 1.3, "beta_fast": 8, "beta_slow": 2}},
+    ),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "mistral-window-of-one": ("mistral", {"sliding_window": 1}),
+    "mistral-window-of-a-block": ("mistral", {"sliding_window": 16}),
+    "qwen2-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 18, "max_window_layers": 1},
+    ),
+    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3-biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
+    "gpt2-scales": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 96}),
+    "gpt2-unscaled": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
+    "llama-dynamic": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}),
+    "mixtral-no-window": ("mixtral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2_moe-windows": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 18, "norm_topk_prob": True, "qkv_bias": False},
+    ),
+    "qwen3_moe-every-other": ("qwen3_moe", {"decoder_sparse_step": 2, "norm_topk_prob": False}),
+    "gemma-tied": ("gemma", {"tie_word_embeddings": True}),
+    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3_text-linear": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 9e4, "rope_type": "linear", "factor": 8.0},
+                "sliding_attention": {"rope_theta": 1e3, "rope_type": "default"},
+            }
+        },
+    ),
+    "phi-qk-norm": ("phi", {"qk_layernorm": True, "num_key_value_heads": 4}),
+    "phi3-window-partial": (
+        "phi3",
+        {
+            "sliding_window": 20,
+            "rope_parameters": ROPE | {"rope_type": "default", "partial_rotary_factor": 0.5},
+        },
+    ),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "rope_parameters": ROPE | LONGROPE | {"original_max_position_embeddings": 128},
+            "original_max_position_embeddings": 128,
+        },
+    ),
+    "phimoe-biasless": ("phimoe", {"attention_bias": False, "lm_head_bias": False, "sliding_window": 20}),
+    "cohere-qk-norm": ("cohere", {"use_qk_norm": True, "attention_bias": True}),
+    "cohere2-all-full": ("cohere2", {"layer_types": ["full_attention"] * 3}),
+    "starcoder2-no-bias": ("starcoder2", {"use_bias": False, "sliding_window": None}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "olmo-no-clip": ("olmo", {"clip_qkv": None, "tie_word_embeddings": True}),
+    "olmo2-one-kv-head": ("olmo2", {"num_key_value_heads": 1}),
+    "olmo3-yarn": (
+        "olmo3",
+        {
+            "rope_parameters": {
+                "full_attention": ROPE | YARN,
+                "sliding_attention": ROPE | {"rope_type": "default"},
+            }
+        },
+    ),
+    "olmoe-clip": ("olmoe", {"clip_qkv": 1.0, "norm_topk_prob": True}),
+    "gpt_oss-yarn": ("gpt_oss", {"rope_parameters": ROPE | YARN | {"truncate": False}}),
+    "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "granitemoe-biases": ("granitemoe", {"attention_bias": True, "residual_multiplier": 0.5}),
+    "smollm3-windows": ("smollm3", {"use_sliding_window": True, "sliding_window": 20}),
+    "glm4-no-bias": ("glm4", {"attention_bias": False}),
+    "exaone4-no-window": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "gpt_neox-sequential": (
+        "gpt_neox",
+        {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "gptj-whole-head": ("gptj", {"rotary_dim": 16, "n_inner": 96}),
+    "gpt_bigcode-many-kv-heads": ("gpt_bigcode", {"multi_query": False, "scale_attn_weights": False}),
+    "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    "opt-no-bias": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+    "bloom-six-heads": ("bloom", {"n_head": 6, "hidden_size": 48, "tie_word_embeddings": True}),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True},
+    ),
+    "falcon-rw": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "mpt-six-heads": (
+        "mpt",
+        {"n_heads": 6, "d_model": 48, "attn_config": {"softmax_scale": 0.4}},
+    ),
+    "dbrx-plain-weights": (
+        "dbrx",
+        {
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 0.7, "rope_theta": 500.0},
+            "ffn_config": {
+                "ffn_hidden_size": 48,
+                "moe_num_experts": 6,
+                "moe_top_k": 2,
+                "moe_normalize_expert_weights": None,
+                "ffn_act_fn": {"name": "silu"},
+            },
+        },
+    ),
+}
+
 
 _ADDS_BOS = ("llama", "mistral")  # as the real families do; the others encode text alone
 _CHAT_TEMPLATE = (
@@ -51,6 +331,17 @@ _CHAT_TEMPLATE = (
     "[{{ message['role'] }}] {{ message['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+
+
+def config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    return _config(model_type, torch.float32, overrides)
+
+
+def _config(model_type: str, dtype: torch.dtype, overrides: dict[str, Any]) -> PreTrainedConfig:
+    spread = "init_std" if model_type == "opt" else "initializer_range"
+    special = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    fields = {spread: 0.2} | _CONFIGS[model_type] | special | overrides
+    return AutoConfig.for_model(model_type, dtype=dtype, **fields)
 
 
 def save(
@@ -66,12 +357,7 @@ def save(
 
     overrides: fields of the Hugging Face config in place of this file's. Equal arguments give equal bytes.
     """
-    fields = (
-        _CONFIGS[model_type]
-        | {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
-        | overrides
-    )
-    config = AutoConfig.for_model(model_type, initializer_range=0.2, dtype=dtype, **fields)
+    config = _config(model_type, dtype, overrides)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -80,6 +366,14 @@ def save(
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     save_tokenizer(path, vocab_size=config.vocab_size, adds_bos=model_type in _ADDS_BOS)
     return path
+
+
+def oracle(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """transformers' model. Its fused attention leaves soft-caps and sinks out: those take the plain one."""
+    is_plain = AutoConfig.from_pretrained(checkpoint).model_type in ("gemma2", "gemma3_text", "gpt_oss")
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, attn_implementation="eager" if is_plain else None
+    )
 
 
 def prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
@@ -124,6 +418,6 @@ def save_tokenizer(path: Path, *, vocab_size: int, adds_bos: bool) -> None:
 def _roughen(model: torch.nn.Module) -> None:
     """Move biases and norm weights off 0 and 1, where transformers starts them: a part left out must show."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)

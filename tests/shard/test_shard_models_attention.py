@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -64,14 +65,21 @@ class Batch:
         )
 
     @torch.inference_mode()
-    def attend(self, window: int | None) -> list[Tensor]:
+    def attend(self, window: int | None, **scoring: Any) -> list[Tensor]:
         """Each row's output: [new tokens, num_heads x head_dim]."""
         fresh = [kv[before:] for kv, (_, before) in zip(self.key_values, self.rows, strict=True)]
         plan = ReferenceAttention(self.heads).plan(self.inputs(), self.kv_cache)
-        out = plan.attend(0, torch.cat(self.queries), torch.cat(fresh), scale=SCALE, window=window)
+        out = plan.attend(0, torch.cat(self.queries), torch.cat(fresh), scale=SCALE, window=window, **scoring)
         return list(out.split([new for new, _ in self.rows]))
 
-    def expected(self, row: int, window: int | None) -> Tensor:
+    def expected(
+        self,
+        row: int,
+        window: int | None,
+        softcap: float | None = None,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """In float32 and one query at a time."""
         new, before = self.rows[row]
         group = self.heads.num_heads // self.heads.num_kv_heads
@@ -81,7 +89,13 @@ class Batch:
             last = before + index + 1
             first = 0 if window is None else max(0, last - window)
             scores = torch.einsum("hd,thd->ht", self.queries[row][index].float(), key[first:last]) * SCALE
-            outputs.append(torch.einsum("ht,thd->hd", scores.softmax(-1), value[first:last]).flatten())
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if slopes is not None:
+                scores = scores - slopes.unsqueeze(1) * (last - 1 - torch.arange(first, last))
+            sink = torch.zeros(len(scores)) if sinks is None else sinks.exp()
+            weights = scores.exp() / (scores.exp().sum(-1) + sink).unsqueeze(1)
+            outputs.append(torch.einsum("ht,thd->hd", weights, value[first:last]).flatten())
         return torch.stack(outputs)
 
 
@@ -100,6 +114,27 @@ def test_equals_attention_row_by_row(mixture: str, window: int | None) -> None:
     batch = Batch(MIXTURES[mixture], Heads(num_heads=6, num_kv_heads=2, head_dim=8), torch.float32)
     for row, ours in enumerate(batch.attend(window)):
         torch.testing.assert_close(ours, batch.expected(row, window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        {"softcap": 0.7},
+        {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03, 0.01])},
+        {"sinks": torch.tensor([0.5, -2.0, 1.5, 0.0, 3.0, -1.0])},
+        {"softcap": 2.0, "slopes": torch.full((6,), 0.1), "sinks": torch.zeros(6)},
+    ],
+    ids=["softcap", "slopes", "sinks", "all"],
+)
+def test_scores_that_fused_attention_does_not_know(
+    scoring: dict[str, Any], mixture: str, window: int | None
+) -> None:
+    batch = Batch(MIXTURES[mixture], Heads(num_heads=6, num_kv_heads=2, head_dim=8), torch.float32)
+    for row, ours in enumerate(batch.attend(window, **scoring)):
+        expected = batch.expected(row, window, **scoring)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -67,8 +67,8 @@ def test_what_a_loaded_model_says_of_itself(llama: Path) -> None:
         ({"hidden_act": "mish"}, "activation 'mish' is not supported"),
         ({"num_attention_heads": "four"}, "config.json in .* is no valid llama config"),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope scaling 'dynamic' is not supported yet",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}},
+            "rope scaling 'proportional' is not supported",
         ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -191,12 +191,13 @@ def test_tensors_that_nobody_reads_are_named(llama: Path, caplog: pytest.LogCapt
         {"rope_type": "yarn", "factor": 4.0, "truncate": False, "beta_fast": 20.0, "beta_slow": 2.0},
         {"rope_type": "yarn", "factor": 0.5},
         {"rope_type": "yarn", "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 1.0},
+        {"rope_type": "dynamic", "factor": 4.0},
     ],
     ids=str,
 )
 def test_frequencies_equal_those_of_transformers(parameters: dict[str, Any], head_dim: int) -> None:
     scaling = {"rope_theta": 500000.0} | parameters
-    if parameters["rope_type"] != "linear":
+    if parameters["rope_type"] not in ("linear", "dynamic"):
         scaling["original_max_position_embeddings"] = 8192
     config = LlamaConfig(head_dim=head_dim, rope_parameters=scaling, max_position_embeddings=32768)
     theirs, their_factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)

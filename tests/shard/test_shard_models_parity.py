@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import DynamicCache
 
 import tiny_models
 from model_steps import Row, Stepper
@@ -42,14 +42,25 @@ class Pair:
 
 def pair(checkpoint: Path, **options: Any) -> Pair:
     loaded = load_model(checkpoint, dtype=torch.float32, device=CPU, group=SINGLE, **options)
-    return Pair(loaded, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
+    return Pair(loaded, tiny_models.oracle(checkpoint))
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=tiny_models.DECODERS)
+ALL = [
+    pytest.param(model_type, marks=[] if model_type in tiny_models.REPRESENTATIVES else pytest.mark.matrix)
+    for model_type in tiny_models.DECODERS
+]
+
+
+@pytest.mark.parametrize("model_type", tiny_models.DECODERS)
+def test_every_family(model_type: str, tmp_path: Path) -> None:
+    _assert_same_after_prefill_and_decode(pair(tiny_models.save(model_type, tmp_path)))
+
+
+@pytest.fixture(scope="module", params=ALL)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return pair(tiny_models.save(request.param, tmp_path_factory.mktemp(request.param)))
 
@@ -64,18 +75,17 @@ def test_greedy_tokens_and_their_logits(family: Pair) -> None:
     prompts, num_steps = tiny_models.prompts(LENGTHS), 24
     stepper = family.stepper()
     rows, logits = stepper.prefill(prompts)
-    logits = logits[torch.tensor(LENGTHS).cumsum(0) - 1]
-    ours = [logits]
+    ours = [logits[torch.tensor(LENGTHS).cumsum(0) - 1]]
     for _ in range(num_steps):
         ours.append(stepper.decode(rows, ours[-1]))
     for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        theirs = list(prompt)
-        for _ in range(num_steps):
-            theirs.append(int(family.expected(theirs)[-1].argmax()))
-        assert row.token_ids == theirs
-        assert len(set(theirs[len(prompt) :])) > num_steps // 3, "a model that repeats itself proves nothing"
-        expected = family.expected(theirs)[len(prompt) - 1 :]
+        expected = family.expected(row.token_ids)[len(prompt) - 1 :]
+        assert row.token_ids[len(prompt) :] == expected[:-1].argmax(-1).tolist()
         assert_close(torch.stack([step[index] for step in ours]), expected)
+    generated = {
+        token for prompt, row in zip(prompts, rows, strict=True) for token in row.token_ids[len(prompt) :]
+    }
+    assert len(generated) > num_steps // 3, "a model that repeats itself proves nothing"
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 17, 69])
@@ -102,6 +112,20 @@ def test_decodes_and_chunks_share_a_step(family: Pair) -> None:
     assert_close(third[2], family.expected(long.token_ids)[-1])
 
 
+def test_preempted_and_resumed_on_the_blocks_of_another(family: Pair) -> None:
+    """A sequence computed anew from its tokens, of which another one's blocks still hold the first two."""
+    (prompt,) = tiny_models.prompts((39,))
+    stepper = family.stepper()
+    (row,), logits = stepper.prefill([prompt])
+    logits = logits[-1:]
+    for _ in range(3):
+        logits = stepper.decode([row], logits)
+    resumed = Row(list(row.token_ids), 2 * BLOCK_SIZE, row.block_ids[:2])
+    rest = stepper.step([(resumed, len(resumed.token_ids) - 2 * BLOCK_SIZE)], all_logits=True)
+    assert_close(rest, family.expected(row.token_ids)[2 * BLOCK_SIZE :])
+    assert_close(rest[-1:], logits)
+
+
 def test_a_row_does_not_depend_on_its_neighbours(family: Pair) -> None:
     prompts = tiny_models.prompts((40, 3, 90, 17, 64))
     alone_stepper, crowd_stepper = family.stepper(), family.stepper()
@@ -125,46 +149,9 @@ def test_a_step_without_logits_only_writes_kv(family: Pair) -> None:
     assert_close(stepper.step([(row, 13)])[0], family.expected(prompt)[-1])
 
 
-ROPE = {"rope_theta": 5000.0}
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),
-    "llama-no-gqa": ("llama", {"num_key_value_heads": 4}),
-    "llama-odd-head-dim": ("llama", {"head_dim": 10, "hidden_act": "gelu_pytorch_tanh"}),
-    "llama-linear": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.5}}),
-    "llama-llama3": (
-        "llama",
-        {"rope_parameters": ROPE | LLAMA3 | {"original_max_position_embeddings": 64}},
-    ),
-    "llama-yarn": ("llama", {"rope_parameters": ROPE | YARN}),
-    "llama-yarn-mscale": (
-        "llama",
-        {"rope_parameters": ROPE | YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}},
-    ),
-    "llama-yarn-factors": (
-        "llama",
-        {"rope_parameters": ROPE | YARN | {"attention_factor": 1.3, "beta_fast": 8, "beta_slow": 2}},
-    ),
-    "mistral-no-window": ("mistral", {"sliding_window": None}),
-    "mistral-window-of-one": ("mistral", {"sliding_window": 1}),
-    "mistral-window-of-a-block": ("mistral", {"sliding_window": BLOCK_SIZE}),
-    "qwen2-windows": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 18, "max_window_layers": 1},
-    ),
-    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
-    "qwen3-biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
-    "gpt2-scales": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 96}),
-    "gpt2-unscaled": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
 def test_variants_of_a_family(variant: str, tmp_path: Path) -> None:
-    model_type, overrides = VARIANTS[variant]
+    model_type, overrides = tiny_models.VARIANTS[variant]
     _assert_same_after_prefill_and_decode(pair(tiny_models.save(model_type, tmp_path, seed=3, **overrides)))
 
 
@@ -175,6 +162,40 @@ def _assert_same_after_prefill_and_decode(both: Pair) -> None:
     assert_close(logits, torch.cat([both.expected(prompt) for prompt in prompts]))
     logits = stepper.decode(rows, logits[[4, -1]])
     assert_close(logits, torch.stack([both.expected(row.token_ids)[-1] for row in rows]))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", {"rope_parameters": tiny_models.ROPE | {"rope_type": "dynamic", "factor": 3.0}}),
+        (
+            "phi3",
+            {
+                "rope_parameters": tiny_models.ROPE | tiny_models.LONGROPE,
+                "original_max_position_embeddings": tiny_models.LONGROPE["original_max_position_embeddings"],
+            },
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_rope_past_the_trained_context_is_that_of_decoding(
+    model_type: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    """transformers rotates all by the length it sees at once: token by token, each by its own place."""
+    tiny_models.save(model_type, tmp_path, **{"max_position_embeddings": 40} | overrides)
+    both = pair(tmp_path)
+    (prompt,) = tiny_models.prompts((70,))
+    theirs, past = [], DynamicCache()
+    with torch.inference_mode():
+        for token_id in prompt:
+            output = both.oracle(torch.tensor([[token_id]]), past_key_values=past)
+            theirs.append(output.logits[0, 0])
+    for num_first in (70, 29):
+        row, stepper = Row(list(prompt)), both.stepper()
+        ours = [stepper.step([(row, num_first)], all_logits=True)]
+        if num_first < 70:
+            ours.append(stepper.step([(row, 70 - num_first)], all_logits=True))
+        assert_close(torch.cat(ours), torch.stack(theirs))
 
 
 def _rewrite_config(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -189,7 +210,7 @@ def _rewrite_config(checkpoint: Path, change: Callable[[dict[str, Any]], None]) 
     [
         None,
         {"type": "linear", "factor": 3.0},
-        LLAMA3 | {"original_max_position_embeddings": 64},
+        tiny_models.LLAMA3 | {"original_max_position_embeddings": 64},
         {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128},
     ],
     ids=["default", "linear", "llama3", "yarn"],
@@ -207,8 +228,10 @@ def test_the_old_spelling_of_rope(scaling: dict[str, Any] | None, tmp_path: Path
 
 def test_a_rope_override_replaces_the_checkpoints_scaling(tmp_path: Path) -> None:
     yarn, linear = tmp_path / "yarn", tmp_path / "linear"
-    tiny_models.save("llama", yarn, rope_parameters=ROPE | YARN)
-    tiny_models.save("llama", linear, rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.5})
+    tiny_models.save("llama", yarn, rope_parameters=tiny_models.ROPE | tiny_models.YARN)
+    tiny_models.save(
+        "llama", linear, rope_parameters=tiny_models.ROPE | {"rope_type": "linear", "factor": 2.5}
+    )
     overridden = pair(yarn, rope_override=RopeOverride(factor=2.5)).loaded
     _assert_same_after_prefill_and_decode(Pair(overridden, pair(linear).oracle))
 
@@ -245,7 +268,7 @@ def test_a_tied_embedding_saved_under_the_heads_name(tmp_path: Path) -> None:
     _assert_same_after_prefill_and_decode(pair(tmp_path))
 
 
-@pytest.mark.parametrize("model_type", tiny_models.DECODERS)
+@pytest.mark.parametrize("model_type", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_stays_near(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Against float32 on the same weights: no further off than 1.5 times what transformers is."""
@@ -257,19 +280,20 @@ def test_half_precision_stays_near(model_type: str, dtype: torch.dtype, tmp_path
     rows, logits = stepper.prefill(prompts)
     decoded = stepper.decode(rows, logits[[6, -1]])
     assert logits.dtype == torch.float32
-    exact = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    rounded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    exact = tiny_models.oracle(tmp_path)
+    rounded = tiny_models.oracle(tmp_path, dtype)
     with torch.inference_mode():
         for index, row in enumerate(rows):
             sequence = torch.tensor([row.token_ids])
             reference, theirs = exact(sequence).logits[0], rounded(sequence).logits[0].float()
             start = 7 * index
             ours = torch.cat([logits[start : start + len(prompts[index])], decoded[index : index + 1]])
-            assert _rms(ours - reference) < 1.5 * _rms(theirs - reference)
+            assert _error(ours, reference) < 1.5 * _error(theirs, reference)
 
 
-def _rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
+def _error(logits: Tensor, reference: Tensor) -> float:
+    """Of the token in the middle: rounding may choose another of two experts that are almost equally good."""
+    return float((logits - reference).square().mean(-1).sqrt().median())
 
 
 @pytest.mark.gpu
@@ -278,7 +302,7 @@ def _rms(x: Tensor) -> float:
 def test_a_cuda_device_computes_the_same(model_type: str, tmp_path: Path) -> None:
     device = torch.device("cuda")
     tiny_models.save(model_type, tmp_path)
-    oracle = AutoModelForCausalLM.from_pretrained(tmp_path)
+    oracle = tiny_models.oracle(tmp_path)
     loaded = load_model(tmp_path, dtype=None, device=device, group=SINGLE)
     stepper = Stepper(loaded, block_size=64, device=device)
     rows, logits = stepper.prefill(tiny_models.prompts(LENGTHS))

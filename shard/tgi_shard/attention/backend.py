@@ -23,12 +23,24 @@ class AttentionPlan(Protocol):
     """One step's batch, for every layer of it."""
 
     def attend(
-        self, layer: int, query: Tensor, key_value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key_value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Write K and V to their slots, then attend: [T, num_heads x head_dim], fresh.
 
         query: [T, num_heads, head_dim]. key_value: [T, 2, num_kv_heads, head_dim]. Both may be strided views.
         window: how many tokens a query sees, itself included; None: all up to its own.
+        softcap: scores become softcap x tanh(score / softcap).
+        slopes: [num_heads] float32, what a score loses for each token between query and key (ALiBi, Press et
+        al. 2021, arXiv:2108.12409). sinks: [num_heads] float32, a score in each head's softmax with no value.
         """
         ...
 

@@ -8,6 +8,9 @@ longest.
 Rows with more (prompt chunks) are attended one by one: without a prefix straight from the projections,
 causally; with one from the gathered blocks, in tiles of queries under a mask.
 
+Soft-caps, distances (ALiBi) and sinks, which torch's fused call does not know, take the same batch through
+two multiplications and a softmax written out, `_Scoring`.
+
 A row reads its own blocks alone. Slots that a mask hides still enter a product with 0, and 0 x NaN is NaN: a
 block that a row begins is cleared first, so that a broken sequence leaves nothing behind for the next owner.
 """
@@ -56,6 +59,7 @@ class _Decodes:
     token_indices: Tensor | None  # [rows] among the step's tokens; None: all of them in order
     block_ids: Tensor  # [rows x num_blocks]
     mask: Tensor  # [rows, 1, 1, num_blocks x block_size]: 0 or -inf
+    ahead: Tensor | None  # the same shape, float32: key's position minus query's; None: not asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class _Tile:
     first_key: int
     last_key: int  # exclusive
     mask: Tensor  # [queries, keys]
+    ahead: Tensor | None  # the same shape, float32: key's position minus query's; None: not asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,47 +89,107 @@ class _Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class _Scoring:
+    """From queries, keys and values to outputs, by what fused kernels do not compute; scores in float32."""
+
+    scale: float
+    softcap: float | None
+    slopes: Tensor | None  # [kv heads, heads of one, 1, 1]
+    sinks: Tensor | None  # [kv heads, heads of one, 1, 1]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, ahead: Tensor) -> Tensor:
+        """query: [.., kv heads, heads of one, queries, head_dim]. key, value: with 1 or as many heads.
+
+        mask and ahead broadcast to the scores, [.., kv heads, heads of one, queries, keys].
+        """
+        scores = torch.matmul(query, key.transpose(-1, -2)).float() * self.scale
+        if self.softcap is not None:
+            scores = (scores / self.softcap).tanh_().mul_(self.softcap)
+        if self.slopes is not None:
+            scores = scores + self.slopes * ahead
+        scores = scores + mask
+        if self.sinks is not None:
+            sinks = self.sinks.expand(*scores.shape[:-1], 1)
+            weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        return torch.matmul(weights.to(value.dtype), value)
+
+
+@dataclass(frozen=True, slots=True)
 class ReferencePlan:
     heads: Heads
     inputs: StepInputs
     kv_cache: KVCache
     begun_blocks: Tensor | None
-    _batches: dict[int | None, _Batch] = field(default_factory=dict)  # window -> what its layers share
+    # (window, whether scores are written out) -> what the layers with those share
+    _batches: dict[tuple[int | None, bool], _Batch] = field(default_factory=dict)
 
     def attend(
-        self, layer: int, query: Tensor, key_value: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key_value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        scoring = None
+        if softcap is not None or slopes is not None or sinks is not None:
+            scoring = _Scoring(scale, softcap, self._per_head(slopes), self._per_head(sinks))
         store = self.kv_cache.stores[layer]
         if self.begun_blocks is not None:
             store.index_fill_(0, self.begun_blocks, 0)
         self.kv_cache.slots(layer).index_copy_(0, self.inputs.slot_ids, key_value)
-        batch = self._batches.get(window)
+        key = (window, scoring is not None)
+        batch = self._batches.get(key)
         if batch is None:
-            batch = self._batches[window] = _Planner(
-                self.inputs, self.kv_cache.block_size, window, query
+            batch = self._batches[key] = _Planner(
+                self.inputs, self.kv_cache.block_size, window, scoring is not None, query
             ).batch()
         if len(batch.decodes) == 1 and batch.decodes[0].token_indices is None:
-            return self._decode(batch.decodes[0], store, query, scale).reshape(len(query), -1)
+            return self._decode(batch.decodes[0], store, query, scale, scoring).reshape(len(query), -1)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for decodes in batch.decodes:
             assert decodes.token_indices is not None  # only a group that is the whole step has none
-            attended = self._decode(decodes, store, query.index_select(0, decodes.token_indices), scale)
+            chosen = query.index_select(0, decodes.token_indices)
+            attended = self._decode(decodes, store, chosen, scale, scoring)
             out.index_copy_(0, decodes.token_indices, attended.reshape(-1, *query.shape[1:]))
         for chunk in batch.chunks:
             span = slice(chunk.start, chunk.stop)
-            self._chunk(chunk, store, query[span], key_value[span], scale, out[span])
+            self._chunk(chunk, store, query[span], key_value[span], scale, scoring, out[span])
         return out.flatten(1)
 
-    def _decode(self, decodes: _Decodes, store: Tensor, query: Tensor, scale: float) -> Tensor:
+    def _per_head(self, numbers: Tensor | None) -> Tensor | None:
+        return None if numbers is None else numbers.view(self.heads.num_kv_heads, -1, 1, 1)
+
+    def _decode(
+        self, decodes: _Decodes, store: Tensor, query: Tensor, scale: float, scoring: _Scoring | None
+    ) -> Tensor:
         """query: [rows, heads, head_dim] -> [rows, kv heads, heads of one, head_dim]."""
         num_rows = len(query)
         query = query.view(num_rows, self.heads.num_kv_heads, -1, self.heads.head_dim)
         gathered = store.index_select(0, decodes.block_ids).view(num_rows, -1, *store.shape[2:])
         key, value = gathered.transpose(1, 3).unbind(2)  # [rows, kv heads, tokens, head_dim]
+        if scoring is not None:
+            assert decodes.ahead is not None
+            mask, ahead = decodes.mask.unsqueeze(3), decodes.ahead.unsqueeze(3)
+            attended = scoring.attend(query.unsqueeze(3), key.unsqueeze(2), value.unsqueeze(2), mask, ahead)
+            return attended.squeeze(3)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=decodes.mask, scale=scale)
 
     def _chunk(
-        self, chunk: _Chunk, store: Tensor, query: Tensor, key_value: Tensor, scale: float, out: Tensor
+        self,
+        chunk: _Chunk,
+        store: Tensor,
+        query: Tensor,
+        key_value: Tensor,
+        scale: float,
+        scoring: _Scoring | None,
+        out: Tensor,
     ) -> None:
         """query and out: [queries, heads, head_dim]; key_value: the chunk's own."""
         query = self._by_kv_head(query)
@@ -137,7 +202,13 @@ class ReferencePlan:
         for tile in chunk.tiles:
             key, value = self._keys(seen[tile.first_key : tile.last_key])
             queries = query[:, :, tile.start : tile.stop]
-            attended = F.scaled_dot_product_attention(queries, key, value, attn_mask=tile.mask, scale=scale)
+            if scoring is not None:
+                assert tile.ahead is not None
+                attended = scoring.attend(queries, key, value, tile.mask, tile.ahead)
+            else:
+                attended = F.scaled_dot_product_attention(
+                    queries, key, value, attn_mask=tile.mask, scale=scale
+                )
             self._by_kv_head(out[tile.start : tile.stop]).copy_(attended)
 
     def _by_kv_head(self, x: Tensor) -> Tensor:
@@ -152,12 +223,22 @@ class ReferencePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class _Strip:
+    """Whether a query sees a key depends on their distance alone: a tile's mask is a piece of one strip."""
+
+    offset: int  # the column of the key of query 0 itself
+    mask: Tensor  # [_TILE, offset + _TILE]
+    ahead: Tensor | None  # the same shape, see _Tile
+
+
+@dataclass(frozen=True, slots=True)
 class _Planner:
     """Turns a step's lengths into calls, on the host: nothing here waits for the device."""
 
     inputs: StepInputs
     block_size: int
     window: int | None
+    is_scored: bool  # by _Scoring, which needs distances, and a mask also where a chunk is plainly causal
     like: Tensor  # masks have its dtype and device
 
     def batch(self) -> _Batch:
@@ -202,6 +283,9 @@ class _Planner:
             token_indices=None if is_whole_step else self._starts(group),
             block_ids=self.inputs.block_tables[self._here(rows).unsqueeze(1), self._here(columns)].flatten(),
             mask=self._mask(is_hidden)[:, None, None],
+            ahead=self._here((positions - context_lens + 1).float())[:, None, None]
+            if self.is_scored
+            else None,
         )
 
     def _starts(self, rows: list[int]) -> Tensor:
@@ -212,20 +296,21 @@ class _Planner:
 
     def _chunks(self) -> Iterator[_Chunk]:
         start = 0
-        strip: Tensor | None = None
+        strip: _Strip | None = None
         offset = max(self.inputs.context_lens_host) if self.window is None else self.window - 1
         for row, length in enumerate(self.inputs.query_lens):
             if length > 1:
                 context_len = self.inputs.context_lens_host[row]
-                if context_len == length and (self.window is None or length <= self.window):
+                is_causal = context_len == length and (self.window is None or length <= self.window)
+                if is_causal and not self.is_scored:
                     yield _Chunk(start, start + length, None, ())
                 else:
                     if strip is None:
                         strip = self._strip(offset)
-                    yield self._tiled(row, start, length, strip, offset)
+                    yield self._tiled(row, start, length, strip)
             start += length
 
-    def _tiled(self, row: int, start: int, length: int, strip: Tensor, offset: int) -> _Chunk:
+    def _tiled(self, row: int, start: int, length: int, strip: _Strip) -> _Chunk:
         prefix = self.inputs.context_lens_host[row] - length
         first_block = self._first_key(prefix) // self.block_size
         num_blocks = -(-(prefix + length) // self.block_size)
@@ -234,24 +319,22 @@ class _Planner:
         for first in range(0, length, _TILE):
             stop = min(first + _TILE, length)
             first_key, last_key = self._first_key(prefix + first), prefix + stop
-            column = offset - (prefix + first - first_key)
-            mask = strip[: stop - first, column : column + last_key - first_key]
+            column = strip.offset - (prefix + first - first_key)
+            cut = (slice(0, stop - first), slice(column, column + last_key - first_key))
+            mask = strip.mask[cut]
             if mask.device.type == "cuda":
                 mask = mask.contiguous()  # its kernels want rows that begin at aligned addresses
-            tiles.append(_Tile(first, stop, first_key - origin, last_key - origin, mask))
+            ahead = None if strip.ahead is None else strip.ahead[cut]
+            tiles.append(_Tile(first, stop, first_key - origin, last_key - origin, mask, ahead))
         block_ids = self.inputs.block_tables[row, first_block:num_blocks]
         return _Chunk(start, start + length, block_ids, tuple(tiles))
 
-    def _strip(self, offset: int) -> Tensor:
-        """[_TILE, offset + _TILE], in which column `offset` is the key of query 0 itself.
-
-        Whether a query sees a key depends on their distance alone: every tile's mask is a piece of it.
-        """
+    def _strip(self, offset: int) -> _Strip:
         ahead = torch.arange(offset + _TILE) - torch.arange(_TILE).unsqueeze(1) - offset  # key - query
         is_hidden = ahead > 0
         if self.window is not None:
             is_hidden |= ahead <= -self.window
-        return self._mask(is_hidden)
+        return _Strip(offset, self._mask(is_hidden), self._here(ahead.float()) if self.is_scored else None)
 
     def _mask(self, is_hidden: Tensor) -> Tensor:
         mask = torch.zeros(is_hidden.shape, dtype=self.like.dtype).masked_fill_(is_hidden, float("-inf"))

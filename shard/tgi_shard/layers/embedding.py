@@ -67,8 +67,12 @@ class PositionEmbedding:
     table: Tensor  # [max_positions, hidden]
 
     @classmethod
-    def load(cls, weights: Weights, module: str, max_positions: int, hidden_size: int) -> "PositionEmbedding":
-        return cls(weights.read(f"{module}.weight", (max_positions, hidden_size)))
+    def load(
+        cls, weights: Weights, module: str, max_positions: int, hidden_size: int, offset: int
+    ) -> "PositionEmbedding":
+        """offset: the checkpoint's row of position 0."""
+        num_rows = offset + max_positions
+        return cls(weights.read(f"{module}.weight", (num_rows, hidden_size), {0: (offset, num_rows)}))
 
     def add_to(self, hidden: Tensor, positions: Tensor) -> None:
         """In place."""
@@ -79,15 +83,20 @@ class PositionEmbedding:
 class Head:
     method: LinearMethod
     tensors: Tensors
+    bias: Tensor | None  # [vocab_size] float32, whole
     vocab_size: int
     group: Group
-
-    @classmethod
-    def of(cls, table: Tensor, method: LinearMethod, vocab_size: int, group: Group) -> "Head":
-        """table: from vocab_rows; it may be the embedding's own."""
-        return cls(method, method.prepare({"weight": table}), vocab_size, group)
+    scale: float = 1.0
+    softcap: float | None = None  # logits end within (-softcap, softcap)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[num_rows, hidden] -> [num_rows, vocab_size] float32, whole on every rank."""
-        logits = self.group.all_gather(self.method.matmul(hidden, self.tensors, None))
-        return logits[:, : self.vocab_size].float()
+        gathered = self.group.all_gather(self.method.matmul(hidden, self.tensors, None))
+        logits = gathered[:, : self.vocab_size].float()
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = (logits / self.softcap).tanh_().mul_(self.softcap)
+        return logits

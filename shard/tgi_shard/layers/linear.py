@@ -60,8 +60,10 @@ def row_parallel(
     out_features: int,
     has_bias: bool,
     group: Group,
+    *,
+    is_summed: bool = True,
 ) -> Linear:
-    """The group's size must divide `in_features`."""
+    """The group's size must divide `in_features`. Not summed: the caller adds up the ranks' outputs."""
     assert in_features % group.world_size == 0
     local = in_features // group.world_size
     start = group.rank * local
@@ -75,7 +77,15 @@ def row_parallel(
     bias = None
     if has_bias and group.rank == 0:  # the outputs are summed, so one rank alone adds it
         bias = weights.read(f"{module}.bias", (out_features,))
-    return Linear(method, method.prepare(tensors), bias, group)
+    return Linear(method, method.prepare(tensors), bias, group if is_summed else SINGLE)
+
+
+def replicated(
+    weights: Weights, method: LinearMethod, module: str, in_features: int, out_features: int, has_bias: bool
+) -> Linear:
+    """A small linear that every rank holds whole."""
+    piece = Piece(module, 0, out_features, out_features)
+    return column_parallel(weights, method, [piece], in_features, has_bias)
 
 
 def _read_pieces(

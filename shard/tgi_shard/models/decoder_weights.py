@@ -1,22 +1,32 @@
 """A rank's part of a decoder, read from a checkpoint: what is cut where, and what each rank repeats.
 
-Query heads, KV heads, MLP features and vocabulary are divided; norms and learned positions are on every rank.
+Query heads, KV heads, MLP features and vocabulary are divided; norms, routers and learned positions are on
+every rank.
 """
 
-from dataclasses import dataclass
-
 import torch
+from torch import Tensor
 
 from tgi_shard.attention.backend import Heads
 from tgi_shard.attention.reference import ReferenceAttention
 from tgi_shard.distributed import Group
 from tgi_shard.kv_cache import KVShape
-from tgi_shard.layers.activation import ACTIVATIONS
 from tgi_shard.layers.embedding import Head, PositionEmbedding, TokenEmbedding, vocab_rows
-from tgi_shard.layers.linear import Piece, column_parallel, row_parallel
-from tgi_shard.layers.norm import AnyNorm, LayerNorm, RMSNorm
-from tgi_shard.layers.rotary import Rotary
-from tgi_shard.models.decoder import AttentionLayer, Decoder, DecoderLayer, MLPLayer, QKNorm
+from tgi_shard.layers.linear import Linear, replicated
+from tgi_shard.layers.mlp import MLP
+from tgi_shard.layers.norm import AnyNorm
+from tgi_shard.layers.rotary import Rope, Rotary
+from tgi_shard.models.attention_weights import load_attention, rope_of
+from tgi_shard.models.decoder import (
+    Decoder,
+    DecoderLayer,
+    Embedding,
+    NormedSumLayer,
+    ParallelLayer,
+    SequentialLayer,
+)
+from tgi_shard.models.mlp_weights import load_mlp
+from tgi_shard.models.part import Part
 from tgi_shard.models.spec import DecoderSpec, UnsupportedModel
 from tgi_shard.quantization.dense import Dense
 from tgi_shard.weights.loading import Weights
@@ -24,8 +34,15 @@ from tgi_shard.weights.loading import Weights
 
 def check_group(spec: DecoderSpec, world_size: int) -> None:
     """Raise UnsupportedModel unless that many ranks can share the model evenly."""
-    dims = spec.dims
-    for what, size in (("attention heads", dims.num_heads), ("MLP features", spec.mlp.intermediate_size)):
+    dims, moe = spec.dims, spec.moe
+    divided = [("attention heads", dims.num_heads), ("MLP features", spec.mlp.intermediate_size)]
+    if moe is not None:
+        divided = [("attention heads", dims.num_heads), ("features of an expert", moe.intermediate_size)]
+        if not all(moe.layers):
+            divided.append(("MLP features", spec.mlp.intermediate_size))
+        if moe.shared_size is not None:
+            divided.append(("features of the shared expert", moe.shared_size))
+    for what, size in divided:
         if size % world_size:
             raise UnsupportedModel(
                 f"the model's {size} {what} cannot be divided evenly among {world_size} shards"
@@ -39,166 +56,125 @@ def check_group(spec: DecoderSpec, world_size: int) -> None:
 
 def load(spec: DecoderSpec, weights: Weights, group: Group) -> Decoder:
     """Read this rank's weights. Raises CheckpointError that names what is missing or has another shape."""
-    return _Loader.of(spec, weights, group).decoder()
+    dims, names = spec.dims, spec.names
+    is_bare = f"{names.embedding}.weight" in weights  # an export of the decoder alone
+    heads = Heads(
+        num_heads=dims.num_heads // group.world_size,
+        num_kv_heads=max(1, dims.num_kv_heads // group.world_size),
+        head_dim=dims.head_dim,
+    )
+    prefix = "" if is_bare else names.prefix
+    part = Part(spec, weights, group, prefix, heads, Dense(spec.weight_layout))
+    all_ropes = (rope_of(spec.attention, layer) for layer in range(dims.num_layers))
+    ropes = tuple(dict.fromkeys(rope for rope in all_ropes if rope is not None))
+    table = _embedding_table(part)
+    embedding = _embedding(part, table)
+    layers = tuple(_layer(part, layer, ropes) for layer in range(dims.num_layers))
+    return Decoder(
+        kv_shape=KVShape(dims.num_layers, heads.num_kv_heads, dims.head_dim, weights.dtype),
+        embedding=embedding,
+        rotaries=tuple(Rotary.of(rope, dims.head_dim, weights.dtype, weights.device) for rope in ropes),
+        layers=layers,
+        final_norm=_norm(part, prefix, names.final_norm),
+        project_out=_projection(part, names.project_out, dims.hidden_size, _embedding_size(part)),
+        head=_head(part, table),
+        attention=ReferenceAttention(heads),
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Loader:
-    spec: DecoderSpec
-    weights: Weights
-    group: Group
-    prefix: str
-    heads: Heads  # this rank's
-    method: Dense
+def _norm(part: Part, prefix: str, module: str | None) -> AnyNorm | None:
+    return None if module is None else part.norm(prefix + module)
 
-    @classmethod
-    def of(cls, spec: DecoderSpec, weights: Weights, group: Group) -> "_Loader":
-        names, dims = spec.names, spec.dims
-        is_bare = f"{names.embedding}.weight" in weights  # an export of the decoder alone
-        heads = Heads(
-            num_heads=dims.num_heads // group.world_size,
-            num_kv_heads=max(1, dims.num_kv_heads // group.world_size),
-            head_dim=dims.head_dim,
+
+def _embedding_size(part: Part) -> int:
+    return part.spec.dims.embedding_size or part.spec.dims.hidden_size
+
+
+def _embedding_table(part: Part) -> Tensor:
+    spec, names = part.spec, part.spec.names
+    module = part.prefix + names.embedding
+    if spec.has_tied_head and f"{module}.weight" not in part.weights:
+        module = names.head  # exports may hold either of the two
+    return vocab_rows(part.weights, module, spec.dims.vocab_size, _embedding_size(part), part.group)
+
+
+def _embedding(part: Part, table: Tensor) -> Embedding:
+    spec, dims, names = part.spec, part.spec.dims, part.spec.names
+    positions = None
+    if names.position_embedding is not None:
+        module = part.prefix + names.position_embedding
+        positions = PositionEmbedding.load(
+            part.weights, module, dims.max_positions, dims.hidden_size, spec.position_offset
         )
-        return cls(spec, weights, group, "" if is_bare else names.prefix, heads, Dense(spec.weight_layout))
+    return Embedding(
+        tokens=TokenEmbedding.of(table, dims.vocab_size, part.group),
+        # Rounded as the models were trained with it.
+        scale=float(torch.tensor(spec.embedding_scale, dtype=part.weights.dtype)),
+        project=_projection(part, names.project_in, _embedding_size(part), dims.hidden_size),
+        positions=positions,
+        norm=_norm(part, part.prefix, names.embedding_norm),
+    )
 
-    def decoder(self) -> Decoder:
-        spec, dims, names, weights = self.spec, self.spec.dims, self.spec.names, self.weights
-        embedding = self._embedding()
-        positions = None
-        if names.position_embedding is not None:
-            module = self.prefix + names.position_embedding
-            positions = PositionEmbedding.load(weights, module, dims.max_positions, dims.hidden_size)
-        rotary = None
-        if spec.attention.rope is not None:
-            rotary = Rotary.of(spec.attention.rope, dims.head_dim, weights.dtype, weights.device)
-        layers = tuple(self._layer(index) for index in range(dims.num_layers))
-        final_norm = self._norm(self.prefix + names.final_norm)
-        head = self._head(embedding)
-        return Decoder(
-            kv_shape=KVShape(dims.num_layers, self.heads.num_kv_heads, dims.head_dim, weights.dtype),
-            embedding=embedding,
-            positions=positions,
-            rotary=rotary,
-            layers=layers,
-            final_norm=final_norm,
-            head=head,
-            attention=ReferenceAttention(self.heads),
+
+def _projection(part: Part, module: str | None, in_features: int, out_features: int) -> Linear | None:
+    if module is None:
+        return None
+    return replicated(
+        part.weights, part.method, part.prefix + module, in_features, out_features, has_bias=False
+    )
+
+
+def _head(part: Part, table: Tensor) -> Head:
+    spec, dims, module, weights = part.spec, part.spec.dims, part.spec.names.head, part.weights
+    if not spec.has_tied_head or f"{module}.weight" in weights:
+        own = vocab_rows(weights, module, dims.vocab_size, _embedding_size(part), part.group)
+        # A checkpoint may hold a head that its config calls tied: if they differ, the config is wrong.
+        is_copy = spec.has_tied_head and torch.equal(own, table)
+        table = table if is_copy else own
+    bias = weights.read(f"{module}.bias", (dims.vocab_size,)).float() if spec.head_bias else None
+    method = Dense()
+    return Head(
+        method=method,
+        tensors=method.prepare({"weight": table}),
+        bias=bias,
+        vocab_size=dims.vocab_size,
+        group=part.group,
+        scale=spec.logit_scale,
+        softcap=spec.logit_softcap,
+    )
+
+
+def _layer(part: Part, layer: int, ropes: tuple[Rope, ...]) -> DecoderLayer:
+    spec, names = part.spec, part.spec.names
+    prefix = part.prefix + names.layer.format(layer=layer)
+    attention = load_attention(part, layer, prefix, ropes)
+    mlp = load_mlp(part, layer, prefix)
+    if spec.norms == "before" and spec.residual != "sequential":
+        assert names.attention_norm is not None
+        assert isinstance(mlp, MLP)
+        mlp_norm = names.mlp_norm if spec.residual == "parallel" else None
+        return ParallelLayer(
+            part.norm(prefix + names.attention_norm),
+            attention,
+            _norm(part, prefix, mlp_norm),
+            mlp,
+            part.group,
         )
-
-    def _embedding(self) -> TokenEmbedding:
-        dims, names = self.spec.dims, self.spec.names
-        module = self.prefix + names.embedding
-        if self.spec.has_tied_head and f"{module}.weight" not in self.weights:
-            module = names.head  # exports may hold either of the two
-        table = vocab_rows(self.weights, module, dims.vocab_size, dims.hidden_size, self.group)
-        return TokenEmbedding.of(table, dims.vocab_size, self.group)
-
-    def _head(self, embedding: TokenEmbedding) -> Head:
-        dims, module, table = self.spec.dims, self.spec.names.head, embedding.table
-        if not self.spec.has_tied_head or f"{module}.weight" in self.weights:
-            own = vocab_rows(self.weights, module, dims.vocab_size, dims.hidden_size, self.group)
-            # A checkpoint may hold a head that its config calls tied: if they differ, the config is wrong.
-            is_copy = self.spec.has_tied_head and torch.equal(own, table)
-            table = table if is_copy else own
-        return Head.of(table, Dense(), dims.vocab_size, self.group)
-
-    def _layer(self, index: int) -> DecoderLayer:
-        names = self.spec.names
-        prefix = self.prefix + names.layer.format(layer=index)
-        return DecoderLayer(
-            attention_norm=self._norm(prefix + names.attention_norm),
-            attention=self._attention(index, prefix),
-            mlp_norm=self._norm(prefix + names.mlp_norm),
-            mlp=self._mlp(prefix),
+    assert spec.residual == "sequential"
+    if spec.norms == "of_sum":
+        assert names.attention_norm is not None
+        assert names.mlp_norm is not None
+        assert isinstance(mlp, MLP)
+        return NormedSumLayer(
+            attention, part.norm(prefix + names.attention_norm), mlp, part.norm(prefix + names.mlp_norm)
         )
-
-    def _norm(self, module: str) -> AnyNorm:
-        size = (self.spec.dims.hidden_size,)
-        weight = self.weights.read(f"{module}.weight", size)
-        if self.spec.norm.kind == "rms":
-            return RMSNorm(weight, self.spec.norm.eps)
-        return LayerNorm(weight, self.weights.read(f"{module}.bias", size), self.spec.norm.eps)
-
-    def _attention(self, index: int, prefix: str) -> AttentionLayer:
-        dims, attention, names = self.spec.dims, self.spec.attention, self.spec.names
-        return AttentionLayer(
-            index=index,
-            heads=self.heads,
-            scale=dims.head_dim**-0.5 if attention.scales is None else attention.scales[index],
-            window=None if attention.windows is None else attention.windows[index],
-            qkv=column_parallel(
-                self.weights, self.method, self._qkv_pieces(prefix), dims.hidden_size, attention.qkv_bias
-            ),
-            qk_norm=self._qk_norm(prefix) if attention.qk_norm == "per_head" else None,
-            out=row_parallel(
-                self.weights,
-                self.method,
-                prefix + names.attention_out,
-                dims.num_heads * dims.head_dim,
-                dims.hidden_size,
-                attention.out_bias,
-                self.group,
-            ),
-        )
-
-    def _qkv_pieces(self, prefix: str) -> list[Piece]:
-        """This rank's query, key and value features. Fewer KV heads than ranks: neighbours share one."""
-        dims, (rank, world_size) = self.spec.dims, (self.group.rank, self.group.world_size)
-        num_features = [
-            count * dims.head_dim for count in (dims.num_heads, dims.num_kv_heads, dims.num_kv_heads)
-        ]
-        first_heads = [rank * self.heads.num_heads, *[rank * dims.num_kv_heads // world_size] * 2]
-        num_local_heads = [self.heads.num_heads, self.heads.num_kv_heads, self.heads.num_kv_heads]
-        starts = [first * dims.head_dim for first in first_heads]
-        stops = [start + count * dims.head_dim for start, count in zip(starts, num_local_heads, strict=True)]
-        return _pieces(prefix, self.spec.names.qkv, num_features, starts, stops)
-
-    def _qk_norm(self, prefix: str) -> QKNorm:
-        names, size = self.spec.names, (self.spec.dims.head_dim,)
-        assert names.query_norm is not None
-        assert names.key_norm is not None
-        query = self.weights.read(f"{prefix}{names.query_norm}.weight", size)
-        key = self.weights.read(f"{prefix}{names.key_norm}.weight", size)
-        rows = [query] * self.heads.num_heads + [key] * self.heads.num_kv_heads
-        return QKNorm(torch.stack(rows), self.spec.norm.eps)
-
-    def _mlp(self, prefix: str) -> MLPLayer:
-        dims, mlp, names = self.spec.dims, self.spec.mlp, self.spec.names
-        local = mlp.intermediate_size // self.group.world_size
-        start = self.group.rank * local
-        count = 2 if mlp.is_gated else 1
-        pieces = _pieces(
-            prefix, names.mlp_in, [mlp.intermediate_size] * count, [start] * count, [start + local] * count
-        )
-        return MLPLayer(
-            inner=column_parallel(self.weights, self.method, pieces, dims.hidden_size, mlp.has_bias),
-            activation=ACTIVATIONS[mlp.activation],
-            is_gated=mlp.is_gated,
-            out=row_parallel(
-                self.weights,
-                self.method,
-                prefix + names.mlp_out,
-                mlp.intermediate_size,
-                dims.hidden_size,
-                mlp.has_bias,
-                self.group,
-            ),
-        )
-
-
-def _pieces(
-    prefix: str, modules: tuple[str, ...], num_features: list[int], starts: list[int], stops: list[int]
-) -> list[Piece]:
-    """Sections of sizes `num_features`, each a module of its own or one after another in a single module."""
-    if len(modules) == len(num_features):
-        return [
-            Piece(prefix + module, start, stop, total)
-            for module, start, stop, total in zip(modules, starts, stops, num_features, strict=True)
-        ]
-    (module,) = modules
-    offsets = [sum(num_features[:index]) for index in range(len(num_features))]
-    return [
-        Piece(prefix + module, offset + start, offset + stop, sum(num_features))
-        for offset, start, stop in zip(offsets, starts, stops, strict=True)
-    ]
+    before, after = spec.norms in ("before", "around"), spec.norms in ("after", "around")
+    return SequentialLayer(
+        attention_norm=_norm(part, prefix, names.attention_norm if before else None),
+        attention=attention,
+        post_attention_norm=_norm(part, prefix, names.post_attention_norm if after else None),
+        mlp_norm=_norm(part, prefix, names.mlp_norm if before else None),
+        mlp=mlp,
+        post_mlp_norm=_norm(part, prefix, names.post_mlp_norm if after else None),
+        scale=spec.residual_scale,
+    )

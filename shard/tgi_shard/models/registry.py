@@ -19,7 +19,46 @@ from tgi_shard import model_folder
 from tgi_shard.distributed import Group
 from tgi_shard.layers.activation import ACTIVATIONS
 from tgi_shard.models import decoder_weights
-from tgi_shard.models.architectures import gpt2, llama, mistral, qwen2, qwen3
+from tgi_shard.models.architectures import (
+    bloom,
+    cohere,
+    cohere2,
+    dbrx,
+    exaone4,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    glm,
+    glm4,
+    gpt2,
+    gpt_bigcode,
+    gpt_neo,
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    granite,
+    granitemoe,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    olmo,
+    olmo2,
+    olmo3,
+    olmoe,
+    opt,
+    phi,
+    phi3,
+    phimoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from tgi_shard.models.decoder import Model
 from tgi_shard.models.rope_override import RopeOverride
 from tgi_shard.models.spec import DecoderSpec, HFConfig, UnsupportedModel
@@ -30,11 +69,16 @@ __all__ = ["LoadedModel", "Model", "RopeOverride", "UnsupportedModel", "load_mod
 
 log = logging.getLogger(__name__)
 
-_ARCHITECTURES: tuple[ModuleType, ...] = (llama, mistral, qwen2, qwen3, gpt2)
-_BY_MODEL_TYPE = {model_type: module for module in _ARCHITECTURES for model_type in module.MODEL_TYPES}
+_ARCHITECTURES: tuple[ModuleType, ...] = (
+    *(llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe),
+    *(gemma, gemma2, gemma3, phi, phi3, phimoe, cohere, cohere2),
+    *(falcon, starcoder2, gpt_bigcode, gpt2, gptj, gpt_neo, gpt_neox, gpt_oss, bloom, mpt, opt),
+    *(stablelm, olmo, olmo2, olmo3, olmoe, granite, granitemoe, smollm3, glm, glm4, exaone4, dbrx),
+)
+BY_MODEL_TYPE = {model_type: module for module in _ARCHITECTURES for model_type in module.MODEL_TYPES}
 
 # Buffers that old exports wrote beside the weights: masks, and frequencies that follow from the config.
-_NO_WEIGHTS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+_NO_WEIGHTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,8 +124,8 @@ def load_model(
 def _read_config(model_path: Path) -> HFConfig:
     raw = model_folder.read_config(model_path)
     model_type = raw.get("model_type")
-    if model_type not in _BY_MODEL_TYPE:
-        known = ", ".join(sorted(_BY_MODEL_TYPE))
+    if model_type not in BY_MODEL_TYPE:
+        known = ", ".join(sorted(BY_MODEL_TYPE))
         raise UnsupportedModel(f"model type {model_type!r} is not supported yet; supported are {known}")
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method")
@@ -95,9 +139,10 @@ def _read_config(model_path: Path) -> HFConfig:
 
 
 def _spec(config: HFConfig, rope_override: RopeOverride | None) -> DecoderSpec:
-    spec: DecoderSpec = _BY_MODEL_TYPE[config.model_type].spec(config, rope_override)
-    if spec.mlp.activation not in ACTIVATIONS:
-        raise UnsupportedModel(f"activation {spec.mlp.activation!r} is not supported")
+    spec: DecoderSpec = BY_MODEL_TYPE[config.model_type].spec(config, rope_override)
+    for activation in (spec.mlp.activation, *([] if spec.moe is None else [spec.moe.activation])):
+        if activation not in ACTIVATIONS:
+            raise UnsupportedModel(f"activation {activation!r} is not supported")
     return spec
 
 

@@ -1,9 +1,19 @@
 """DecoderSpec: every trait by which decoders differ, as frozen data; architectures fill it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tgi_shard.layers.rotary import LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnScaling
+from tgi_shard.layers.moe import Routing
+from tgi_shard.layers.rotary import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    RopeScaling,
+    YarnScaling,
+)
 from tgi_shard.model_folder import ModelError
 from tgi_shard.models.rope_override import RopeOverride
 from tgi_shard.weights.names import Names
@@ -17,22 +27,52 @@ class UnsupportedModel(ModelError):
     """We have no code for what the config asks for; one clear sentence that says what."""
 
 
-def read_rope(config: HFConfig, override: RopeOverride | None) -> Rope:
-    """Raises UnsupportedModel for a kind of scaling that we do not compute."""
-    parameters = config.rope_parameters
+def read_rope(
+    config: HFConfig,
+    override: RopeOverride | None,
+    *,
+    is_partial: bool = False,
+    is_interleaved: bool = False,
+    layer_type: str | None = None,
+) -> Rope:
+    """is_partial: the family may turn a part of each head. layer_type: whose parameters, where they differ.
+
+    Raises UnsupportedModel for a kind of scaling that we do not compute.
+    """
+    parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
     if "rope_theta" not in parameters:
         raise UnsupportedModel(
             f"rotary embeddings that differ by layer type are not supported for {config.model_type} models"
         )
-    theta = float(parameters["rope_theta"])
-    if override is not None:
-        return Rope(theta, LinearScaling(override.factor))
-    if parameters.get("partial_rotary_factor") not in (None, 1.0):
+    part = parameters.get("partial_rotary_factor")
+    if part not in (None, 1.0) and not is_partial:
         raise UnsupportedModel(
-            f"rotary embeddings on part of a head (partial_rotary_factor "
-            f"{parameters['partial_rotary_factor']}) are not supported for {config.model_type} models"
+            f"rotary embeddings on part of a head (partial_rotary_factor {part}) are not supported for "
+            f"{config.model_type} models"
         )
-    return Rope(theta, _scaling(parameters, config.max_position_embeddings))
+    rotary_dim = None if part is None else int(head_dim(config) * part)
+    if override is not None:
+        scaling: RopeScaling | None = LinearScaling(override.factor)
+    else:
+        scaling = _scaling(parameters, config.max_position_embeddings)
+    return Rope(float(parameters["rope_theta"]), scaling, rotary_dim, is_interleaved)
+
+
+def refuse_two_way(config: HFConfig) -> None:
+    """Raises UnsupportedModel for a model whose tokens see later ones: an encoder of texts, no decoder."""
+    if config.use_bidirectional_attention:
+        raise UnsupportedModel(
+            f"{config.model_type} models with use_bidirectional_attention embed texts and generate none"
+        )
+
+
+def refuse_rope_override(config: HFConfig, override: RopeOverride | None, positions: str) -> None:
+    """For families without rotary embeddings. Raises UnsupportedModel if one was given."""
+    if override is not None:
+        raise UnsupportedModel(
+            f"rope scaling cannot be set for {config.model_type} models: their positions are {positions}, "
+            f"not rotary"
+        )
 
 
 def _scaling(parameters: dict[str, Any], max_positions: int) -> RopeScaling | None:
@@ -60,9 +100,32 @@ def _scaling(parameters: dict[str, Any], max_positions: int) -> RopeScaling | No
             beta_slow=float(parameters.get("beta_slow") or 1),
             truncate=bool(parameters.get("truncate", True)),
         )
+    if kind == "dynamic":
+        return DynamicScaling(float(parameters["factor"]), max_positions)
+    if kind == "longrope":
+        return _longrope(parameters, max_positions, original)
     raise UnsupportedModel(
-        f"rope scaling {kind!r} is not supported yet, only 'default', 'linear', 'llama3' and 'yarn' are"
+        f"rope scaling {kind!r} is not supported, only 'default', 'linear', 'dynamic', 'llama3', 'yarn' and "
+        f"'longrope' are"
     )
+
+
+def _longrope(parameters: dict[str, Any], max_positions: int, original: int) -> LongRopeScaling:
+    factor = parameters.get("factor") or max_positions / original
+    attention_factor = parameters.get("attention_factor")
+    if "short_mscale" in parameters:
+        attention_factor = parameters["short_mscale"]
+        if attention_factor != parameters["long_mscale"]:
+            raise UnsupportedModel("rope scaling 'longrope' with two different mscales is not supported")
+    if attention_factor is None:
+        attention_factor = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return LongRopeScaling(
+        tuple(parameters["short_factor"]), tuple(parameters["long_factor"]), original, attention_factor
+    )
+
+
+def head_dim(config: HFConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +139,7 @@ class Dims:
     num_kv_heads: int
     head_dim: int
     max_positions: int
+    embedding_size: int | None = None  # of a token's embedding, projected to hidden_size; None: that size
 
     @classmethod
     def read(cls, config: HFConfig) -> "Dims":
@@ -86,25 +150,39 @@ class Dims:
             num_layers=config.num_hidden_layers,
             num_heads=num_heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            head_dim=head_dim(config),
             max_positions=config.max_position_embeddings,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    kind: Literal["rms", "layer"]  # "layer" has a bias
+    kind: Literal["rms", "layer"]
     eps: float
+    has_weight: bool = True
+    has_bias: bool = False
+    is_offset: bool = False  # the checkpoint holds the weight minus 1
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
     qkv_bias: bool
     out_bias: bool
-    rope: Rope | None  # None: positions are learned, see DecoderSpec
-    qk_norm: Literal["per_head"] | None = None  # an RMSNorm over head_dim, one weight for all heads
+    rope: Rope | None  # None: positions are learned or in `alibi`
+    layer_ropes: tuple[Rope | None, ...] | None = None  # per layer, in place of `rope`
+    # Norms of queries and keys: over each head with one weight for all, over each head with its own weight,
+    # or over the features of all heads together.
+    qk_norm: Literal["per_head", "each_head", "all_heads"] | None = None
+    qk_norm_bias: bool = False
     scales: tuple[float, ...] | None = None  # per layer, on query x key; None: 1 / sqrt(head_dim)
     windows: tuple[int | None, ...] | None = None  # per layer, tokens a query sees with itself; None: all
+    softcap: float | None = None  # scores end within (-softcap, softcap): softcap x tanh(score / softcap)
+    alibi: tuple[float, ...] | None = None  # per head, what a score loses for each token of distance
+    clip_qkv: float | None = None  # queries, keys and values are clamped to +- this
+    has_sinks: bool = False  # a learned score per head that takes part in the softmax and gives nothing
+    # How one fused module orders its output features: all queries, all keys, all values; or for each KV head
+    # its queries, its key, its value.
+    qkv_layout: Literal["sections", "groups"] = "sections"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +194,29 @@ class MLP:
 
 
 @dataclass(frozen=True, slots=True)
+class MoE:
+    """In place of the MLP of some layers: experts, each a gated MLP."""
+
+    num_experts: int
+    intermediate_size: int  # of an expert
+    activation: str
+    routing: Routing
+    layers: tuple[bool, ...]  # per layer: has experts
+    has_bias: bool = False  # in the experts and the router
+    # Gates of another kind, (alpha, limit): see layers/activation.clamped_gate; gate and up alternate.
+    clamped_gate: tuple[float, float] | None = None
+    shared_size: int | None = (
+        None  # intermediate size of an expert that sees every token; None: there is none
+    )
+    shared_gate: bool = False  # its output is weighed by a sigmoid
+    # How the checkpoint stores the experts' linears, see DecoderSpec.weight_layout.
+    in_layout: Literal["out_in", "in_out"] = "out_in"
+    out_layout: Literal["out_in", "in_out"] = "out_in"
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A decoder of layers norm -> attention -> add, norm -> MLP -> add, and a final norm."""
+    """A decoder of layers, each of which adds attention's output and the MLP's to the hidden states."""
 
     dims: Dims
     norm: Norm
@@ -125,14 +224,35 @@ class DecoderSpec:
     mlp: MLP
     names: Names
     has_tied_head: bool
+    moe: MoE | None = None
+    # Where a layer's norms stand: on what attention and the MLP read, on what they say, on both, or on the
+    # hidden states once their outputs are added.
+    norms: Literal["before", "after", "around", "of_sum"] = "before"
+    # The MLP reads the hidden states after attention's output was added, or the same ones as attention: with
+    # a norm of its own or with the norm of attention.
+    residual: Literal["sequential", "parallel", "parallel_one_norm"] = "sequential"
+    residual_scale: float = 1.0  # on what attention and the MLP add
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    head_bias: bool = False
+    position_offset: int = 0  # the row of the learned positions that is position 0's
     # How the checkpoint stores a linear: [out, in], or the [in, out] of GPT-2's Conv1D.
     weight_layout: Literal["out_in", "in_out"] = "out_in"
 
 
 def layer_windows(config: HFConfig) -> tuple[int | None, ...] | None:
-    """`Attention.windows` of a config that names each layer's type (Qwen2, Qwen3)."""
-    if config.sliding_window is None:
+    """`Attention.windows` of a config that names each layer's type."""
+    if not config.sliding_window:
         return None
     return tuple(
         config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
+    )
+
+
+def sparse_layers(config: HFConfig) -> tuple[bool, ...]:
+    """`MoE.layers` of a config that names the dense layers and a stride of the others (Qwen)."""
+    return tuple(
+        layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+        for layer in range(config.num_hidden_layers)
     )

@@ -12,6 +12,15 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Ranges = dict[int, tuple[int, int]]  # axis -> [start, stop)
 
 
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """One of `count` equal parts of a tensor, along its first axis: rows, or an element without that axis."""
+
+    name: str
+    index: int
+    count: int
+
+
 @dataclass(slots=True)
 class Weights:
     """What the layers load from. A read that cannot be done raises CheckpointError with the tensor's name."""
@@ -20,6 +29,7 @@ class Weights:
     dtype: torch.dtype  # floating-point tensors become this
     device: torch.device
     progress: Progress | None = None
+    excerpts: dict[str, Excerpt] = field(default_factory=dict)  # names that the checkpoint does not have
     _read: set[str] = field(default_factory=set)
     _bytes_done: int = 0
     _bytes_total: int = 0
@@ -28,11 +38,15 @@ class Weights:
         self._bytes_total = sum(self.checkpoint.num_bytes(name) for name in self.checkpoint)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint
+        return self._source(name) in self.checkpoint
+
+    def _source(self, name: str) -> str:
+        excerpt = self.excerpts.get(name)
+        return name if excerpt is None else excerpt.name
 
     def local_dtype(self, name: str) -> torch.dtype:
         """What a tensor becomes here: `self.dtype` if it is floating-point, else its own."""
-        stored = self.checkpoint.dtype(name) if name in self.checkpoint else self.dtype
+        stored = self.checkpoint.dtype(self._source(name)) if name in self else self.dtype
         return self.dtype if stored.is_floating_point else stored
 
     def read(self, name: str, shape: tuple[int, ...], ranges: Ranges | None = None) -> Tensor:
@@ -63,6 +77,8 @@ class Weights:
         return sorted(set(self.checkpoint) - self._read)
 
     def _lazy(self, name: str, shape: tuple[int, ...], ranges: Ranges | None) -> Tensor:
+        if name in self.excerpts:
+            return self._excerpt(self.excerpts[name], shape, ranges or {})
         found = self.checkpoint.shape(name)
         if found != shape:
             raise CheckpointError(
@@ -70,7 +86,19 @@ class Weights:
             )
         return self.checkpoint.read(name, ranges or {})
 
+    def _excerpt(self, excerpt: Excerpt, shape: tuple[int, ...], ranges: Ranges) -> Tensor:
+        index, count = excerpt.index, excerpt.count
+        if len(self.checkpoint.shape(excerpt.name)) == len(shape):
+            start, stop = ranges.get(0, (0, shape[0]))
+            first = index * shape[0]
+            return self._lazy(
+                excerpt.name, (count * shape[0], *shape[1:]), ranges | {0: (first + start, first + stop)}
+            )
+        inner = {axis + 1: cut for axis, cut in ranges.items()}
+        return self._lazy(excerpt.name, (count, *shape), inner | {0: (index, index + 1)}).squeeze(0)
+
     def _count(self, name: str) -> None:
+        name = self._source(name)
         if name in self._read:
             return
         self._read.add(name)

@@ -9,6 +9,7 @@ from tgi_shard.models.spec import (
     HFConfig,
     Norm,
     UnsupportedModel,
+    refuse_rope_override,
 )
 from tgi_shard.weights import names
 
@@ -20,16 +21,13 @@ def spec(config: HFConfig, rope_override: RopeOverride | None) -> DecoderSpec:
         raise UnsupportedModel(
             "gpt2 models with cross-attention layers (add_cross_attention) are not supported"
         )
-    if rope_override is not None:
-        raise UnsupportedModel(
-            "rope scaling cannot be set for gpt2 models: their positions are learned, not rotary"
-        )
+    refuse_rope_override(config, rope_override, "learned")
     dims = Dims.read(config)
     scale = dims.head_dim**-0.5 if config.scale_attn_weights else 1.0
     by_layer = config.scale_attn_by_inverse_layer_idx
     return DecoderSpec(
         dims=dims,
-        norm=Norm("layer", eps=config.layer_norm_epsilon),
+        norm=Norm("layer", eps=config.layer_norm_epsilon, has_bias=True),
         attention=Attention(
             qkv_bias=True,
             out_bias=True,

@@ -1,0 +1,95 @@
+"""A mixture of experts: a router chooses a few MLPs for each token and weighs what they say.
+
+Every rank routes all tokens alike and holds a part of every expert's features; one sum over ranks makes the
+output whole.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tgi_shard.distributed import Group
+from tgi_shard.layers.linear import Linear
+from tgi_shard.layers.mlp import MLP
+
+# scores of all experts [num_tokens, num_experts] -> (weights, expert ids), both [num_tokens, chosen]
+Routing = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxTopK:
+    """The likeliest experts, each with its probability. Shazeer et al. 2017, arXiv:1701.06538."""
+
+    num_chosen: int
+    is_renormalised: bool  # the chosen ones' weights sum to 1
+
+    def __call__(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        weights, chosen = scores.softmax(-1, dtype=torch.float32).topk(self.num_chosen, dim=-1)
+        if self.is_renormalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights, chosen
+
+
+@dataclass(frozen=True, slots=True)
+class SparseMixer:
+    """The best expert and the second best, each weighed against those nearly as good, not against the other.
+
+    Liu et al. 2024, arXiv:2409.12136, as it is at inference.
+    """
+
+    jitter: float  # "nearly": a relative distance of twice this
+
+    def __call__(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        scores = scores.float()
+        best = scores.argmax(-1, keepdim=True)
+        first = self._weight(scores, scores, best)
+        others = scores.scatter(-1, best, float("-inf"))
+        second_best = others.argmax(-1, keepdim=True)
+        second = self._weight(scores, others, second_best)
+        return torch.cat((first, second), -1), torch.cat((best, second_best), -1)
+
+    def _weight(self, scores: Tensor, candidates: Tensor, chosen: Tensor) -> Tensor:
+        top = candidates.gather(-1, chosen)
+        distance = (top - scores) / torch.maximum(scores.abs(), top)
+        kept = candidates.masked_fill(distance > 2 * self.jitter, float("-inf"))
+        return kept.softmax(-1).gather(-1, chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """Sees every token, beside the chosen ones."""
+
+    mlp: MLP
+    gate: Linear | None  # to one feature: a sigmoid's weight for the expert's output
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.mlp(x)
+        return out if self.gate is None else out.mul_(self.gate(x).sigmoid())
+
+
+@dataclass(frozen=True, slots=True)
+class MoE:
+    router: Linear  # to one score an expert
+    routing: Routing
+    experts: tuple[MLP, ...]  # this rank's part of each: their sums are left to `group`
+    shared: SharedExpert | None
+    group: Group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_tokens, hidden] -> [num_tokens, hidden], fresh."""
+        weights, chosen = self.routing(self.router(x))
+        out = torch.zeros_like(x) if self.shared is None else self.shared(x)
+        order = chosen.flatten().argsort(stable=True)  # the tokens of an expert lie together
+        token_ids = order // chosen.shape[-1]
+        weights = weights.flatten().index_select(0, order).to(x.dtype).unsqueeze(-1)
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        start = 0
+        for expert, count in zip(self.experts, counts, strict=True):
+            if count > 0:
+                part = slice(start, start + count)
+                tokens = token_ids[part]
+                out.index_add_(0, tokens, expert(x.index_select(0, tokens)).mul_(weights[part]))
+            start += count
+        return self.group.all_reduce(out)

@@ -1,0 +1,107 @@
+"""A rank's part of an MLP, or of every expert of a mixture: some of the intermediate features."""
+
+from functools import partial
+
+from tgi_shard.layers.activation import ACTIVATIONS, Activation, clamped_gate, gate
+from tgi_shard.layers.linear import Piece, column_parallel, replicated, row_parallel
+from tgi_shard.layers.mlp import MLP
+from tgi_shard.layers.moe import MoE, SharedExpert
+from tgi_shard.models import spec as specs
+from tgi_shard.models.part import Part, pieces
+from tgi_shard.quantization.dense import Dense
+from tgi_shard.weights.loading import Excerpt
+from tgi_shard.weights.names import Experts
+
+
+def load_mlp(part: Part, layer: int, prefix: str) -> MLP | MoE:
+    moe, names = part.spec.moe, part.spec.names
+    if moe is not None and moe.layers[layer]:
+        assert names.experts is not None
+        return _load_moe(part, moe, names.experts, prefix)
+    mlp = part.spec.mlp
+    inner = _inner_pieces(part, mlp, prefix, names.mlp_in)
+    return _load_dense(part, mlp, inner, prefix + names.mlp_out, is_summed=part.is_summed)
+
+
+def _inner_pieces(part: Part, mlp: specs.MLP, prefix: str, modules: tuple[str, ...]) -> list[Piece]:
+    count = 2 if mlp.is_gated else 1
+    return pieces(
+        prefix, modules, [mlp.intermediate_size] * count, [part.local(mlp.intermediate_size)] * count
+    )
+
+
+def _load_dense(
+    part: Part,
+    mlp: specs.MLP,
+    inner: list[Piece],
+    out: str,
+    *,
+    is_summed: bool,
+    between: Activation | None = None,
+    methods: tuple[Dense, Dense] | None = None,
+) -> MLP:
+    """between: in place of the MLP's own activation or gate. methods: of the inner and the outer linear."""
+    hidden_size, activation = part.spec.dims.hidden_size, ACTIVATIONS[mlp.activation]
+    in_method, out_method = methods or (part.method, part.method)
+    return MLP(
+        inner=column_parallel(part.weights, in_method, inner, hidden_size, mlp.has_bias),
+        between=between or (partial(gate, activation) if mlp.is_gated else activation),
+        out=row_parallel(
+            part.weights,
+            out_method,
+            out,
+            mlp.intermediate_size,
+            hidden_size,
+            mlp.has_bias,
+            part.group,
+            is_summed=is_summed,
+        ),
+    )
+
+
+def _load_moe(part: Part, moe: specs.MoE, names: Experts, prefix: str) -> MoE:
+    hidden_size = part.spec.dims.hidden_size
+    for expert in range(moe.num_experts):
+        for ours, theirs in names.stacked:
+            part.weights.excerpts[prefix + ours.format(expert=expert)] = Excerpt(
+                prefix + theirs, expert, moe.num_experts
+            )
+    experts = tuple(_load_expert(part, moe, names, prefix, expert) for expert in range(moe.num_experts))
+    router = replicated(
+        part.weights, Dense(), prefix + names.router, hidden_size, moe.num_experts, moe.has_bias
+    )
+    return MoE(router, moe.routing, experts, _load_shared(part, moe, names, prefix), part.group)
+
+
+def _load_expert(part: Part, moe: specs.MoE, names: Experts, prefix: str, expert: int) -> MLP:
+    mlp = specs.MLP(moe.intermediate_size, moe.activation, is_gated=True, has_bias=moe.has_bias)
+    modules = tuple(module.format(expert=expert) for module in names.mlp_in)
+    if moe.clamped_gate is None:
+        inner, between = _inner_pieces(part, mlp, prefix, modules), None
+    else:
+        (module,) = modules  # its rows alternate: a rank's features of gate and up are one range
+        start, stop = part.local(mlp.intermediate_size)
+        inner = [Piece(prefix + module, 2 * start, 2 * stop, 2 * mlp.intermediate_size)]
+        between = partial(clamped_gate, *moe.clamped_gate)
+    return _load_dense(
+        part,
+        mlp,
+        inner,
+        prefix + names.mlp_out.format(expert=expert),
+        is_summed=False,
+        between=between,
+        methods=(Dense(moe.in_layout), Dense(moe.out_layout)),
+    )
+
+
+def _load_shared(part: Part, moe: specs.MoE, names: Experts, prefix: str) -> SharedExpert | None:
+    if moe.shared_size is None:
+        return None
+    mlp = specs.MLP(moe.shared_size, moe.activation, is_gated=True, has_bias=False)
+    inner = _inner_pieces(part, mlp, prefix, names.shared_in)
+    scale = None
+    if moe.shared_gate:
+        scale = replicated(
+            part.weights, Dense(), prefix + names.shared_gate, part.spec.dims.hidden_size, 1, has_bias=False
+        )
+    return SharedExpert(_load_dense(part, mlp, inner, prefix + names.shared_out, is_summed=False), scale)

@@ -1,0 +1,139 @@
+"""docs/models.md: every family that the decoder knows, printed from its spec and from what the tests run.
+
+Run `python tests/models_page.py` after a change of either; test_shard_models_page.py compares.
+"""
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import tiny_models
+from tgi_shard.layers.rotary import Rope
+from tgi_shard.models import registry
+from tgi_shard.models.spec import Attention, DecoderSpec
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+
+_HEAD = """# Models
+
+Printed by `python tests/models_page.py` from the pages in `shard/tgi_shard/models/architectures/` and from
+what the tests run.
+
+Each family is served from `.safetensors` in float32, bfloat16 or float16, on one rank or several: attention
+heads and intermediate sizes must divide evenly, KV heads are repeated where there are fewer than ranks,
+vocabularies are padded.
+
+The oracle is `transformers` on tiny random checkpoints: in float32, logits within 1e-4 and the same greedy
+tokens. `make test` puts every family to a ragged batch of prompts and then decodes, on one rank and on two;
+the families marked with * also to chunks of many sizes, steps that mix chunks and decodes, preemption,
+shared prefix blocks, steps without logits, neighbours, bfloat16 and float16. `make test-matrix` does all of
+that for all of them, and runs all families and variants on four ranks.
+
+Rope scalings: linear, dynamic, llama3, yarn, longrope. Dynamic and longrope turn a token by its own
+position alone, as transformers does when it decodes token by token: a prefix of one sequence can then be
+shared by another.
+
+| family (`model_type`) | traits | variants tested |
+|---|---|---|
+"""
+
+
+def page() -> str:
+    return _HEAD + "".join(_row(model_type) for model_type in sorted(tiny_models.DECODERS))
+
+
+def _row(model_type: str) -> str:
+    module = registry.BY_MODEL_TYPE[model_type]
+    assert module.__doc__ is not None
+    title = module.__doc__.split(" (")[0].strip()
+    star = "*" if model_type in tiny_models.REPRESENTATIVES else ""
+    names = ", ".join(f"`{name}`" for name in module.MODEL_TYPES)
+    traits = ", ".join(_traits(model_type))
+    variants = ", ".join(
+        variant.removeprefix(f"{model_type}-")
+        for variant, (of, _) in tiny_models.VARIANTS.items()
+        if of == model_type
+    )
+    return f"| {title} ({names}){star} | {traits} | {variants} |\n"
+
+
+def _traits(model_type: str) -> list[str]:
+    """Of the tiny config and its variants: what only some checkpoints of a family have is named too."""
+    settings = [{}, *(fields for of, fields in tiny_models.VARIANTS.values() if of == model_type)]
+    module = registry.BY_MODEL_TYPE[model_type]
+    specs = (module.spec(tiny_models.config(model_type, **fields), None) for fields in settings)
+    return list(dict.fromkeys(chain.from_iterable(map(_of, specs))))
+
+
+def _of(spec: DecoderSpec) -> Iterator[str]:
+    dims = spec.dims
+    yield {"rms": "RMSNorm", "layer": "LayerNorm"}[spec.norm.kind]
+    if spec.norms != "before":
+        yield {"after": "norms after", "around": "norms around", "of_sum": "norms of sums"}[spec.norms]
+    if spec.residual != "sequential":
+        yield {"parallel": "parallel with two norms", "parallel_one_norm": "parallel with one norm"}[
+            spec.residual
+        ]
+    yield from _of_attention(spec.attention, dims.num_layers)
+    if dims.num_kv_heads == 1:
+        yield "multi-query"
+    elif dims.num_kv_heads < dims.num_heads:
+        yield "grouped queries"
+    if spec.names.position_embedding is not None:
+        yield "learned positions"
+    if spec.names.embedding_norm is not None:
+        yield "embedding norm"
+    if spec.names.project_in is not None:
+        yield "projected embedding"
+    if any(scale != 1 for scale in (spec.embedding_scale, spec.residual_scale, spec.logit_scale)):
+        yield "multipliers"
+    if spec.logit_softcap is not None:
+        yield "logit soft-cap"
+    if spec.head_bias:
+        yield "head bias"
+    if spec.moe is not None:
+        yield f"experts ({type(spec.moe.routing).__name__})"
+        if spec.moe.shared_size is not None:
+            yield "shared expert"
+        if not all(spec.moe.layers):
+            yield "some layers dense"
+    else:
+        yield "gated MLP" if spec.mlp.is_gated else "plain MLP"
+
+
+def _of_attention(attention: Attention, num_layers: int) -> Iterator[str]:
+    ropes = attention.layer_ropes or (attention.rope,) * num_layers
+    rotated = list(dict.fromkeys(rope for rope in ropes if rope is not None))
+    for rope in rotated:
+        yield from _of_rope(rope)
+    if rotated and None in ropes:
+        yield "layers that do not rotate"
+    if len(rotated) > 1:
+        yield "two ropes"
+    if attention.qk_norm is not None:
+        yield {
+            "per_head": "QK-norm",
+            "each_head": "QK-norm of each head's own",
+            "all_heads": "QK-norm over all heads",
+        }[attention.qk_norm]
+    if attention.windows is not None and any(attention.windows):
+        yield "sliding window" if all(attention.windows) else "window in some layers"
+    if attention.softcap is not None:
+        yield "attention soft-cap"
+    if attention.alibi is not None:
+        yield "ALiBi"
+    if attention.clip_qkv is not None:
+        yield "clamped QKV"
+    if attention.has_sinks:
+        yield "attention sinks"
+    if attention.qkv_bias:
+        yield "QKV biases"
+
+
+def _of_rope(rope: Rope) -> Iterator[str]:
+    yield ("partial " if rope.rotary_dim else "") + ("interleaved " if rope.is_interleaved else "") + "rotary"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
