@@ -63,14 +63,16 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 @dataclass(slots=True)
 class TrainingText:
-    """Token ids, and for each whether the model is to learn to predict it."""
+    """Token ids, and how much it counts that the model predicts each: nothing outside of answers."""
 
     token_ids: list[int]
-    is_answer: list[bool]
+    weights: list[float]
 
     def append(self, token_ids: Sequence[int], is_answer: bool) -> None:
+        """An answer counts as the square root of its length: where it stops weighs more in a short one."""
+        weight = len(token_ids) ** -0.5 if is_answer else 0.0
         self.token_ids += token_ids
-        self.is_answer += [is_answer] * len(token_ids)
+        self.weights += [weight] * len(token_ids)
 
 
 class Writer:

@@ -96,7 +96,7 @@ def counting(draw: Draw) -> Example:
     """Up or down between numbers up to 100; mostly a few steps, sometimes many."""
     while True:
         low = 1 if draw.rng.random() < 0.1 else draw.rng.randrange(90)
-        most = 12 if draw.rng.random() < 0.9 else 100
+        most = draw.rng.choices((8, 20, 100), (86, 10, 4))[0]
         high = draw.rng.randint(low + 2, min(low + most, 100))
         if draw.owns(f"{low}..{high}"):
             break
@@ -171,8 +171,8 @@ SPELL_PHRASINGS = (
 
 
 def spelling(draw: Draw) -> Example:
-    """Words of up to seven letters, common or invented."""
-    word = _word(draw, longest=7)
+    """Words of up to six letters, common or invented."""
+    word = _word(draw, longest=6)
     return Example(draw.rng.choice(SPELL_PHRASINGS).format(word=word), "-".join(word))
 
 

@@ -17,6 +17,7 @@ from tgi_router.settings import Settings
 from tgi_router.shards.group import ShardGroup
 from tgi_router.text import chat_template
 from tgi_router.text.tokenizer import Tokenizer, read_special_tokens
+from tgi_router.tracing import Tracing
 
 SETTINGS = Settings(
     hostname="127.0.0.1",
@@ -38,13 +39,21 @@ SETTINGS = Settings(
     max_batch_total_tokens=None,
     max_batch_size=None,
     prefix_caching=True,
+    stall_timeout_s=60.0,
     validation_workers=2,
     enable_prefill_logprobs=False,
+    grammars=True,
     cors_allow_origin=(),
     api_key=None,
+    vertex_predict_path=None,
+    vertex_health_path=None,
     compute_type="1-test",
     docker_label=None,
     git_sha=None,
+    tool_call_parser=None,
+    reasoning_parser=None,
+    otlp_endpoint=None,
+    otlp_service_name="router",
     json_output=False,
     log_level="info",
     log_colors=False,
@@ -69,6 +78,7 @@ async def running(
     step_s: float = 0.0,
     shard: ScriptedShard | None = None,
     chat_template_text: str | None = tiny_tokenizers.CHAT_TEMPLATE,
+    tracing: Tracing | None = None,
     **changes: Any,
 ) -> AsyncIterator[Running]:
     """changes: fields of Settings in place of those above."""
@@ -86,14 +96,17 @@ async def running(
         max_batch_prefill_tokens=settings.max_batch_prefill_tokens,
         max_total_tokens=settings.max_total_tokens,
         max_sequences=settings.max_concurrent_requests,
+        stall_timeout_s=settings.stall_timeout_s,
     )
     await step_loop.start()
-    built = app.build(settings, step_loop, metrics, tokenizer, template)
+    built = app.build(settings, step_loop, metrics, tokenizer, template, tracing)
     transport = httpx.ASGITransport(built.asgi)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://router", timeout=30) as client:
             yield Running(client, shard, step_loop, built)
     finally:
         await step_loop.close()
+        if built.grammars is not None:
+            await built.grammars.close()
         await server.stop(None)
         tokenizer.close()

@@ -3,12 +3,14 @@
 The next token is a function of all tokens before it. A slot of the "KV cache" holds a digest of the prefix
 that it was computed from; every sampling step reads the whole context back through the block table and
 compares. So a block that was granted twice, overwritten, shared too early or lost shows at once, and a
-resumed stream can be compared with an undisturbed one token by token.
+resumed stream can be compared with an undisturbed one token by token. With a mask the choice is among the
+tokens that it allows.
 """
 
 import asyncio
 import hashlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -32,8 +34,12 @@ def digests(token_ids: list[int]) -> list[int]:
     return out
 
 
-def next_token(token_ids: list[int], vocab_size: int) -> int:
-    return digests(token_ids)[-1] % vocab_size
+def next_token(token_ids: list[int], vocab_size: int, mask: bytes | None = None) -> int:
+    digest = digests(token_ids)[-1]
+    if mask is None:
+        return digest % vocab_size
+    allowed = [token_id for token_id in range(vocab_size) if mask[token_id // 8] >> token_id % 8 & 1]
+    return allowed[digest % len(allowed)]
 
 
 @dataclass
@@ -59,6 +65,8 @@ class ScriptedShard:
     max_step_tokens: int = 0
     max_sequences: int = 0
     num_steps: int = 0
+    num_masks: int = 0
+    script: tuple[int, ...] = ()  # what every sequence says first
 
     def __post_init__(self) -> None:
         self.forget()
@@ -68,8 +76,11 @@ class ScriptedShard:
         self.sequences: dict[int, ScriptedSequence] = {}
         self.last_step_id = 0
 
-    def apply(self, plan: pb.StepPlan) -> pb.StepResult:
+    def apply(self, plan: pb.StepPlan, masks: pb.Masks | None = None) -> pb.StepResult:
         assert plan.step_id == self.last_step_id + 1
+        assert plan.await_masks == (masks is not None)
+        self.masks = {} if masks is None else self._masks(masks)
+        self.num_masks += len(self.masks)
         self.last_step_id = plan.step_id
         self.num_steps += 1
         for sequence_id in plan.drop_sequence_ids:
@@ -91,6 +102,14 @@ class ScriptedShard:
             self._run(sequence_id, sequence, num_tokens, result)
         assert next(new_block_ids, None) is None
         return result
+
+    def _masks(self, masks: pb.Masks) -> dict[int, bytes]:
+        row_bytes = -(-self.vocab_size // 32) * 4
+        assert len(masks.bits) == row_bytes * len(masks.sequence_ids)
+        return {
+            sequence_id: masks.bits[row * row_bytes : (row + 1) * row_bytes]
+            for row, sequence_id in enumerate(masks.sequence_ids)
+        }
 
     def _add(self, added: pb.AddSequence) -> None:
         assert added.sequence_id not in self.sequences
@@ -132,7 +151,11 @@ class ScriptedShard:
             return
         for position in range(end):  # "attention": everything before must be there
             assert self.kv[self._slot(sequence, position)] == content[position], "stale KV was read"
-        token_id = next_token(sequence.token_ids, self.vocab_size)
+        num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
+        if num_output < len(self.script):
+            token_id = self.script[num_output]
+        else:
+            token_id = next_token(sequence.token_ids, self.vocab_size, self.masks.get(sequence_id))
         sequence.token_ids.append(token_id)
         result.sequence_ids.append(sequence_id)
         result.token_ids.append(token_id)
@@ -178,13 +201,23 @@ class ScriptedService(pb_grpc.TextGenerationServicer):
             max_total_tokens=request.max_total_tokens or self.shard.max_total_tokens,
         )
 
-    async def Run(self, plans: AsyncIterator[pb.StepPlan], context: object) -> AsyncIterator[pb.StepResult]:
+    async def Run(
+        self, requests: AsyncIterator[pb.RunRequest], context: object
+    ) -> AsyncIterator[pb.StepResult]:
         self.shard.forget()
-        async for plan in plans:
+        plans: deque[pb.StepPlan] = deque()
+        masks: dict[int, pb.Masks] = {}
+        async for request in requests:
             started_at = time.monotonic()
-            result = self.shard.apply(plan)
-            await asyncio.sleep(max(0.0, self.step_s - (time.monotonic() - started_at)))
-            yield result if self.shard.rank == 0 else pb.StepResult(step_id=plan.step_id)
+            if request.HasField("masks"):
+                masks[request.masks.step_id] = request.masks
+            else:
+                plans.append(request.plan)
+            while plans and (not plans[0].await_masks or plans[0].step_id in masks):
+                plan = plans.popleft()
+                result = self.shard.apply(plan, masks.pop(plan.step_id, None))
+                await asyncio.sleep(max(0.0, self.step_s - (time.monotonic() - started_at)))
+                yield result if self.shard.rank == 0 else pb.StepResult(step_id=plan.step_id)
 
 
 async def start_server(service: ScriptedService, address: str) -> aio.Server:

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 BOS_ID, EOS_ID = 0, 1
 SPECIAL = ("<s>", "</s>", "<|end|>")
 PAIRS = (("t", "h"), ("a", "n"), ("Ġ", "i"), ("o", "n"))
-CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits + " \n.,:!?'|<>/[]_"
+CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits + " \n.,:!?'|<>/[]_{}\"-+\\"
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}"

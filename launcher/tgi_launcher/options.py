@@ -216,6 +216,12 @@ class Options:
         router="--hostname",
     )
     port: int = option("Port to listen on.", default=3000, short="-p", type=PORT, router="--port")
+    aip_http_port: int | None = option(
+        "Wins over --port; set by Vertex AI, as the variables AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE are, "
+        "which the router reads.",
+        type=PORT,
+        router="--aip-http-port",
+    )
     prometheus_port: int = option(
         "Second port that serves /metrics, beside the main one.",
         default=9000,
@@ -258,11 +264,24 @@ class Options:
     rope_factor: float | None = option(
         "Factor of the RoPE scaling; alone it implies `linear`.", shard_env="ROPE_FACTOR"
     )
+    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "pythonic"] | None = option(
+        "How the model writes calls of tools. Unset: as its chat template shows.", router="--tool-call-parser"
+    )
+    reasoning_parser: Literal["deepseek_r1", "qwen3", "auto"] | None = option(
+        "How the model writes its thoughts, which then come as `reasoning_content`; auto: as its chat "
+        "template shows. Unset: they stay content.",
+        router="--reasoning-parser",
+    )
     json_output: bool = option("Logs as JSON lines.", default=False, router="--json-output")
-    otlp_endpoint: str | None = option("OpenTelemetry collector. Not available yet.")
+    otlp_endpoint: str | None = option(
+        "OpenTelemetry collector that gets traces over OTLP/gRPC: http://host:4317. Needs the extra [otel].",
+        shard="--otlp-endpoint",
+        router="--otlp-endpoint",
+    )
     otlp_service_name: str = option(
-        "Service name in traces, which --otlp-endpoint will send.",
+        "Service name in traces, of the router and of the shards.",
         default="text-generation-inference.router",
+        shard="--otlp-service-name",
         router="--otlp-service-name",
     )
     cors_allow_origin: tuple[str, ...] = option(
@@ -325,6 +344,13 @@ class Options:
         "60 healthy seconds start the count anew.",
         default=10,
         type=COUNT,
+    )
+    stall_timeout: int = option(
+        "Seconds after which a shard or the router that does not answer is killed and restarted, and a "
+        "shard whose step takes longer than that and than ten times the longest step so far.",
+        default=60,
+        type=POSITIVE,
+        router="--stall-timeout",
     )
     given: frozenset[str] = frozenset()  # names of the options that were set, by flag or by variable
 

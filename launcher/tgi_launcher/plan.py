@@ -58,6 +58,11 @@ class Plan:
     log_level: Level
     notices: tuple[Notice, ...]
 
+    @property
+    def port(self) -> int:
+        """Where the router listens."""
+        return self.options.aip_http_port or self.options.port
+
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
@@ -192,7 +197,6 @@ def _refuse_what_comes_later(options: Options) -> None:
         ("--speculate", options.speculate, "every token takes a step of its own"),
         ("--kv-cache-dtype", options.kv_cache_dtype, "keys and values have the type of the model"),
         ("--lora-adapters", options.lora_adapters, "merge the adapter into the model and serve the result"),
-        ("--otlp-endpoint", options.otlp_endpoint, "no traces are sent"),
         (
             "--cuda-graphs",
             ",".join(str(size) for size in options.cuda_graphs or () if size > 0),
@@ -270,7 +274,10 @@ def download_command(plan: Plan) -> Command:
 
 def shard_command(plan: Plan, model_path: Path, rank: int, rendezvous: Rendezvous) -> Command:
     """The process of one rank; it listens at `{uds_path}-{rank}`."""
-    options, variables = forward("shard", _values(plan))
+    values = _values(plan)
+    if plan.options.otlp_endpoint is None:
+        del values["otlp_service_name"]
+    options, variables = forward("shard", values)
     group = {
         "RANK": str(rank),
         "WORLD_SIZE": str(plan.num_shard),

@@ -10,6 +10,8 @@ from tgi_launcher.logs import Log, Span, parse_child_line, relay
 from tgi_launcher.plan import Plan, shard_command
 from tgi_launcher.processes import Child, Family, NotInPath
 from tgi_launcher.rendezvous import Venue, is_socket
+from tgi_launcher.shard_health import ShardHealth
+from tgi_launcher.stalls import ShardWatch, pause_after, until_one_ends
 
 POLL_S = 0.1
 STILL_WAITING_S = 10.0
@@ -39,8 +41,11 @@ class Shards:
         self.are_up.set()
 
     async def lost(self) -> None:
-        """Returns when a rank has ended and the others, useless now, have been killed."""
-        await asyncio.wait([child.ended for child in self._children], return_when=asyncio.FIRST_COMPLETED)
+        """Returns when a rank has ended and the others, useless now, have been killed.
+
+        A rank that hangs is made to end.
+        """
+        await until_one_ends([child.ended for child in self._children], self._kill_the_stalled())
         self.are_up.clear()
         for rank, child in enumerate(self._children):
             if not child.is_alive:
@@ -95,6 +100,32 @@ class Shards:
                 for rank in waiting:
                     self._log.info("Waiting for shard to be ready...", _span(rank))
             await asyncio.sleep(POLL_S)
+
+    async def _kill_the_stalled(self) -> None:
+        """Returns when a rank that hangs, or several, have been killed."""
+        channels = [ShardHealth(path) for path in self._venue.socket_paths()]
+        watches = [ShardWatch(self._plan.options.stall_timeout) for _ in channels]
+        try:
+            while True:
+                asked_at = time.monotonic()
+                answers = await asyncio.gather(
+                    *(
+                        channel.ask(watch.answer_timeout_s)
+                        for channel, watch in zip(channels, watches, strict=True)
+                    )
+                )
+                now = time.monotonic()
+                stalled = False
+                for rank, (watch, health) in enumerate(zip(watches, answers, strict=True)):
+                    if (reason := watch.note(health, now)) is not None and self._children[rank].is_alive:
+                        self._log.error(f"Shard {rank} stalled: {reason}", _span(rank))
+                        self._children[rank].kill()
+                        stalled = True
+                if stalled:
+                    return
+                await pause_after(asked_at)
+        finally:
+            await asyncio.gather(*(channel.close() for channel in channels))
 
     async def _kill(self) -> None:
         for child in self._children:

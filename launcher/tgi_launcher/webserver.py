@@ -12,9 +12,11 @@ from tgi_launcher.plan import Plan, router_command
 from tgi_launcher.processes import Child, Family, NotInPath
 from tgi_launcher.restarts import HEALTHY_S
 from tgi_launcher.shards import Shards
+from tgi_launcher.stalls import Silence, pause_after, until_one_ends
 
 POLL_S = 0.025  # a router killed right after its first answer has served: notice the answer soon
 CONNECT_TIMEOUT_S = 1.0
+HEALTH_REQUEST = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
 
 
 class Webserver:
@@ -52,8 +54,9 @@ class Webserver:
         raise WebserverFailed
 
     async def lost(self) -> None:
+        """Returns when it has ended. One that hangs is made to end."""
         assert self._child is not None
-        await self._child.wait()
+        await until_one_ends([self._child.ended], self._kill_when_stalled(self._child))
         self._report(self._child)
 
     async def has_served(self) -> bool:
@@ -82,6 +85,32 @@ class Webserver:
         if code < 0:
             self._log.error(f"Webserver process was signaled to shutdown with signal {-code}")
 
+    async def _kill_when_stalled(self, child: Child) -> None:
+        """Returns when it hung and has been killed; at once if the port is not ours alone to ask."""
+        silence = Silence(self._plan.options.stall_timeout)
+        while not self._port_was_taken:
+            asked_at = time.monotonic()
+            has_answered = await self._answers_http(silence.answer_timeout_s)
+            if (reason := silence.note(has_answered, time.monotonic())) is not None:
+                self._log.error(f"Webserver stalled: {reason}")
+                child.kill()
+                return
+            await pause_after(asked_at)
+
+    async def _answers_http(self, timeout_s: float) -> bool:
+        """Whether GET /health is answered, with whatever status."""
+        address = _reachable(self._plan.options.hostname), self._plan.port
+        try:
+            async with asyncio.timeout(timeout_s):
+                reader, writer = await asyncio.open_connection(*address)
+                try:
+                    writer.write(HEALTH_REQUEST)
+                    return (await reader.read()).startswith(b"HTTP/")
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError):
+            return False
+
     async def _answers(self) -> bool:
         """Whether the process that runs now accepts connections."""
         if self._child is None or not self._child.is_alive or self._port_was_taken:
@@ -92,7 +121,7 @@ class Webserver:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, writer = await asyncio.open_connection(
-                    _reachable(self._plan.options.hostname), self._plan.options.port
+                    _reachable(self._plan.options.hostname), self._plan.port
                 )
                 # Where nobody listens, a connection may start at that very port by chance, and reach itself.
                 is_loop = writer.get_extra_info("sockname") == writer.get_extra_info("peername")

@@ -35,14 +35,16 @@ class HealthRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class HealthResponse(_message.Message):
-    __slots__ = ("last_step_id", "last_step_age_s", "current_step_age_s")
+    __slots__ = ("last_step_id", "last_step_age_s", "current_step_age_s", "longest_step_s")
     LAST_STEP_ID_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
     CURRENT_STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_STEP_S_FIELD_NUMBER: _ClassVar[int]
     last_step_id: int
     last_step_age_s: float
     current_step_age_s: float
-    def __init__(self, last_step_id: _Optional[int] = ..., last_step_age_s: _Optional[float] = ..., current_step_age_s: _Optional[float] = ...) -> None: ...
+    longest_step_s: float
+    def __init__(self, last_step_id: _Optional[int] = ..., last_step_age_s: _Optional[float] = ..., current_step_age_s: _Optional[float] = ..., longest_step_s: _Optional[float] = ...) -> None: ...
 
 class WarmupRequest(_message.Message):
     __slots__ = ("max_step_tokens", "max_total_tokens", "max_sequences")
@@ -65,7 +67,7 @@ class WarmupResponse(_message.Message):
     def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ...) -> None: ...
 
 class SamplingParameters(_message.Message):
-    __slots__ = ("do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "frequency_penalty", "output_frequency_penalty", "output_presence_penalty", "watermark", "seed", "choice")
+    __slots__ = ("do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "frequency_penalty", "output_frequency_penalty", "output_presence_penalty", "watermark", "seed", "choice", "min_p", "logit_bias_token_ids", "logit_bias_values")
     DO_SAMPLE_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +80,9 @@ class SamplingParameters(_message.Message):
     WATERMARK_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_VALUES_FIELD_NUMBER: _ClassVar[int]
     do_sample: bool
     temperature: float
     top_k: int
@@ -90,10 +95,13 @@ class SamplingParameters(_message.Message):
     watermark: bool
     seed: int
     choice: int
-    def __init__(self, do_sample: bool = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., output_frequency_penalty: _Optional[float] = ..., output_presence_penalty: _Optional[float] = ..., watermark: bool = ..., seed: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
+    min_p: float
+    logit_bias_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logit_bias_values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, do_sample: bool = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., output_frequency_penalty: _Optional[float] = ..., output_presence_penalty: _Optional[float] = ..., watermark: bool = ..., seed: _Optional[int] = ..., choice: _Optional[int] = ..., min_p: _Optional[float] = ..., logit_bias_token_ids: _Optional[_Iterable[int]] = ..., logit_bias_values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class AddSequence(_message.Message):
-    __slots__ = ("sequence_id", "prompt_token_ids", "output_token_ids", "num_cached_tokens", "sampling", "top_n_tokens", "prompt_logprobs")
+    __slots__ = ("sequence_id", "prompt_token_ids", "output_token_ids", "num_cached_tokens", "sampling", "top_n_tokens", "prompt_logprobs", "traceparent")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +109,7 @@ class AddSequence(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TOP_N_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -108,10 +117,19 @@ class AddSequence(_message.Message):
     sampling: SamplingParameters
     top_n_tokens: int
     prompt_logprobs: bool
-    def __init__(self, sequence_id: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., num_cached_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., top_n_tokens: _Optional[int] = ..., prompt_logprobs: bool = ...) -> None: ...
+    traceparent: str
+    def __init__(self, sequence_id: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., num_cached_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., top_n_tokens: _Optional[int] = ..., prompt_logprobs: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
+
+class RunRequest(_message.Message):
+    __slots__ = ("plan", "masks")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    MASKS_FIELD_NUMBER: _ClassVar[int]
+    plan: StepPlan
+    masks: Masks
+    def __init__(self, plan: _Optional[_Union[StepPlan, _Mapping]] = ..., masks: _Optional[_Union[Masks, _Mapping]] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("step_id", "drop_sequence_ids", "add", "run_sequence_ids", "run_num_tokens", "run_num_new_blocks", "new_block_ids")
+    __slots__ = ("step_id", "drop_sequence_ids", "add", "run_sequence_ids", "run_num_tokens", "run_num_new_blocks", "new_block_ids", "await_masks")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     DROP_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     ADD_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +137,7 @@ class StepPlan(_message.Message):
     RUN_NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUN_NUM_NEW_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NEW_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    AWAIT_MASKS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     drop_sequence_ids: _containers.RepeatedScalarFieldContainer[int]
     add: _containers.RepeatedCompositeFieldContainer[AddSequence]
@@ -126,7 +145,18 @@ class StepPlan(_message.Message):
     run_num_tokens: _containers.RepeatedScalarFieldContainer[int]
     run_num_new_blocks: _containers.RepeatedScalarFieldContainer[int]
     new_block_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step_id: _Optional[int] = ..., drop_sequence_ids: _Optional[_Iterable[int]] = ..., add: _Optional[_Iterable[_Union[AddSequence, _Mapping]]] = ..., run_sequence_ids: _Optional[_Iterable[int]] = ..., run_num_tokens: _Optional[_Iterable[int]] = ..., run_num_new_blocks: _Optional[_Iterable[int]] = ..., new_block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    await_masks: bool
+    def __init__(self, step_id: _Optional[int] = ..., drop_sequence_ids: _Optional[_Iterable[int]] = ..., add: _Optional[_Iterable[_Union[AddSequence, _Mapping]]] = ..., run_sequence_ids: _Optional[_Iterable[int]] = ..., run_num_tokens: _Optional[_Iterable[int]] = ..., run_num_new_blocks: _Optional[_Iterable[int]] = ..., new_block_ids: _Optional[_Iterable[int]] = ..., await_masks: bool = ...) -> None: ...
+
+class Masks(_message.Message):
+    __slots__ = ("step_id", "sequence_ids", "bits")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    sequence_ids: _containers.RepeatedScalarFieldContainer[int]
+    bits: bytes
+    def __init__(self, step_id: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., bits: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step_id", "sequence_ids", "token_ids", "logprobs", "num_top_tokens", "top_token_ids", "top_logprobs", "prompt_logprobs", "failed", "forward_ns", "sample_ns", "total_ns")

@@ -51,7 +51,7 @@ class TextGenerationStub(object):
                 _registered_method=True)
         self.Run = channel.stream_stream(
                 '/tgi.v1.TextGeneration/Run',
-                request_serializer=tgi__proto_dot_generate__pb2.StepPlan.SerializeToString,
+                request_serializer=tgi__proto_dot_generate__pb2.RunRequest.SerializeToString,
                 response_deserializer=tgi__proto_dot_generate__pb2.StepResult.FromString,
                 _registered_method=True)
 
@@ -108,7 +108,7 @@ def add_TextGenerationServicer_to_server(servicer, server):
             ),
             'Run': grpc.stream_stream_rpc_method_handler(
                     servicer.Run,
-                    request_deserializer=tgi__proto_dot_generate__pb2.StepPlan.FromString,
+                    request_deserializer=tgi__proto_dot_generate__pb2.RunRequest.FromString,
                     response_serializer=tgi__proto_dot_generate__pb2.StepResult.SerializeToString,
             ),
     }
@@ -218,7 +218,7 @@ class TextGeneration(object):
             request_iterator,
             target,
             '/tgi.v1.TextGeneration/Run',
-            tgi__proto_dot_generate__pb2.StepPlan.SerializeToString,
+            tgi__proto_dot_generate__pb2.RunRequest.SerializeToString,
             tgi__proto_dot_generate__pb2.StepResult.FromString,
             options,
             channel_credentials,

@@ -8,12 +8,14 @@ one ends at once.
 import asyncio
 import contextlib
 import ipaddress
+import json
 import signal
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import structlog
 import uvicorn
@@ -21,18 +23,31 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
+from tgi_router.api import docs, endpoints, openapi
+from tgi_router.api.endpoints import Endpoint
 from tgi_router.api.health import ServerRoutes
-from tgi_router.api.middleware import CORS, APIKey
+from tgi_router.api.kserve import KServeRoutes
+from tgi_router.api.middleware import CORS, APIKey, RequestIds
 from tgi_router.api.native import NativeRoutes
 from tgi_router.api.openai import Served
 from tgi_router.api.openai_chat import ChatRoutes
 from tgi_router.api.openai_completions import CompletionRoutes
-from tgi_router.api.replies import Handler, answering_errors, error_reply, record_failure
+from tgi_router.api.replies import (
+    Handler,
+    answering_errors,
+    error_reply,
+    openai_error_reply,
+    record_failure,
+)
+from tgi_router.api.requests import RequestRoutes
+from tgi_router.api.sagemaker import SageMakerRoutes
+from tgi_router.api.vertex import VertexRoutes
 from tgi_router.errors import IncompleteGeneration
 from tgi_router.generation import Generation
+from tgi_router.grammar.compile import GrammarCompiler
 from tgi_router.metrics import Metrics
 from tgi_router.scheduling.step_loop import StepLoop
 from tgi_router.schemas.native import Info
@@ -42,10 +57,12 @@ from tgi_router.shards.group import ShardGroup
 from tgi_router.text import chat_template
 from tgi_router.text.chat_template import ChatTemplate
 from tgi_router.text.tokenizer import Tokenizer, read_special_tokens
+from tgi_router.tracing import Tracing, TracingUnavailable
 from tgi_router.validation import Limits, Validator
 
 VERSION = version("text-generation-server")
 DISCOVERY_TIMEOUT_S = 10.0
+MAX_CHOICES = 128  # OpenAI's limit of `n`
 KEEP_ALIVE_TIMEOUT_S = 75  # longer than the pools of common clients and proxies keep an idle connection
 
 log = structlog.get_logger(__name__)
@@ -60,6 +77,8 @@ class App:
     asgi: ASGIApp
     metrics_asgi: ASGIApp  # /metrics and nothing else
     generation: Generation
+    grammars: GrammarCompiler | None  # whoever builds the app closes it
+    routes: Sequence[BaseRoute]
 
 
 def build(
@@ -68,28 +87,28 @@ def build(
     metrics: Metrics,
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
+    tracing: Tracing | None = None,
 ) -> App:
     """The application for shards that are ready. Raises StartError."""
     limits = settle_limits(settings, step_loop.model)
     metrics.open_lengths(limits.max_input_tokens, limits.max_total_tokens)
+    model = step_loop.model
+    grammars = None
+    if settings.grammars:
+        grammars = GrammarCompiler(tokenizer.to_json(), model.vocab_size, model.eos_token_ids)
     generation = Generation(
         step_loop,
-        Validator(tokenizer, limits),
+        Validator(tokenizer, limits, grammars, tracing=tracing),
         tokenizer,
         metrics,
         eos_token_ids=step_loop.model.eos_token_ids,
         max_concurrent_requests=settings.max_concurrent_requests,
+        tracing=tracing,
     )
     served = Served(
         settings.served_model_name,
         f"{VERSION}-{settings.docker_label or 'native'}",
         settings.compute_type,
-    )
-    native = NativeRoutes(
-        generation,
-        tokenizer,
-        compute_type=settings.compute_type,
-        payload_limit=settings.payload_limit,
     )
     completions = CompletionRoutes(
         generation,
@@ -97,8 +116,27 @@ def build(
         max_client_batch_size=settings.max_client_batch_size,
         payload_limit=settings.payload_limit,
     )
-    chat = ChatRoutes(generation, tokenizer, template, served, payload_limit=settings.payload_limit)
+    chat = ChatRoutes(
+        generation,
+        tokenizer,
+        template,
+        served,
+        tool_call_parser=settings.tool_call_parser,
+        reasoning_parser=settings.reasoning_parser,
+        payload_limit=settings.payload_limit,
+    )
+    native = NativeRoutes(
+        generation,
+        tokenizer,
+        chat,
+        compute_type=settings.compute_type,
+        payload_limit=settings.payload_limit,
+    )
+    vertex = VertexRoutes(generation, chat, payload_limit=settings.payload_limit)
+    kserve = KServeRoutes(step_loop, generation, version=VERSION, payload_limit=settings.payload_limit)
     server = ServerRoutes(step_loop, generation, metrics, info_of(settings, limits), created=int(time.time()))
+
+    requests = RequestRoutes(generation)
 
     def answers(handler: Handler, *, json_body_errors: bool = False) -> Handler:
         return answering_errors(handler, metrics, json_body_errors=json_body_errors)
@@ -107,44 +145,99 @@ def build(
         """The server logs the exception itself."""
         error = IncompleteGeneration()
         record_failure(metrics, error, request.url.path)
+        if request.url.path.startswith("/v1/"):
+            return openai_error_reply(error.status, str(error), error.error_type)
         return error_reply(error)
 
-    compat_generate = answers(native.compat_generate)
-
-    async def root(request: Request) -> Response:
-        """One path, two families: the health check and the native route that chooses by `stream`."""
-        return await (compat_generate if request.method == "POST" else server.health)(request)
-
-    posts: dict[str, Handler] = {
-        "/generate": answers(native.generate),
-        "/generate_stream": answers(native.generate_stream),
-        "/tokenize": answers(native.tokenize),
-        "/v1/completions": answers(completions.completions, json_body_errors=True),
-        "/v1/chat/completions": answers(chat.chat_completions, json_body_errors=True),
+    rows = endpoints.table(settings.vertex_predict_path, settings.vertex_health_path)
+    generating: dict[str, Handler] = {
+        "compat_generate": native.compat_generate,
+        "generate": native.generate,
+        "generate_stream": native.generate_stream,
+        "tokenize": native.tokenize,
+        "chat_tokenize": native.chat_tokenize,
+        "chat_completions": chat.chat_completions,
+        "completions": completions.completions,
+        "cancel_request": requests.cancel,
+        "vertex_compatibility": vertex.predict,
+        "kserve_model_infer": kserve.infer,
     }
-    gets: dict[str, Handler] = {
-        "/health": server.health,
-        "/ping": server.health,
-        "/info": server.info,
-        "/v1/models": server.models,
-        "/metrics": server.metrics,
+    has_openai_errors = {row.name: row.has_openai_errors for row in rows}
+    handlers: dict[str, Handler] = {
+        name: answers(handler, json_body_errors=has_openai_errors[name])
+        for name, handler in generating.items()
+    }
+    sagemaker = SageMakerRoutes(
+        [handlers[name] for name in ("compat_generate", "chat_completions", "completions")],
+        settings.payload_limit,
+    )
+    handlers |= {
+        "sagemaker_compatibility": answers(sagemaker.invocations),
+        "openai_get_model_info": server.models,
+        "openai_get_model": server.model,
+        "kserve_server_metadata": kserve.server_metadata,
+        "kserve_health_live": kserve.live,
+        "kserve_health_ready": kserve.ready,
+        "kserve_model_metadata": kserve.model_metadata,
+        "kserve_model_ready": kserve.ready,
+        "health": server.health,
+        "get_model_info": server.info,
+        "metrics": server.metrics,
+        "docs": docs.page,
+        "openapi": docs.document_of(document_of(settings, rows)),
     }
     starlette = Starlette(
-        routes=[
-            Route("/", root, methods=["GET", "POST"]),
-            *(Route(path, handler, methods=["POST"]) for path, handler in posts.items()),
-            *(Route(path, handler, methods=["GET"]) for path, handler in gets.items()),
-        ],
+        routes=[*routes_of(rows, handlers, tracing), Route("/docs", docs.to_page)],
         exception_handlers={HTTPException: _empty_reply, Exception: broken},
     )
     starlette.router.redirect_slashes = False
     asgi: ASGIApp = starlette
     if settings.api_key is not None:
-        asgi = APIKey(asgi, settings.api_key, ["/", *posts], {"/": ("GET", "HEAD")})
+        open_methods = {row.path: ("GET", "HEAD") for row in rows if row.method == "GET"}
+        asgi = APIKey(asgi, settings.api_key, {row.path for row in rows if row.needs_key}, open_methods)
     metrics_asgi = Starlette(
         routes=[Route("/metrics", server.metrics)], exception_handlers={HTTPException: _empty_reply}
     )
-    return App(CORS(asgi, settings.cors_allow_origin), metrics_asgi, generation)
+    return App(
+        CORS(RequestIds(asgi, ("/tokenize", "/chat_tokenize")), settings.cors_allow_origin),
+        metrics_asgi,
+        generation,
+        grammars,
+        starlette.routes,
+    )
+
+
+def document_of(settings: Settings, rows: Sequence[Endpoint]) -> dict[str, Any]:
+    return openapi.document(rows, VERSION, has_key=settings.api_key is not None)
+
+
+def schema(settings: Settings) -> str:
+    """The OpenAPI document of a server with these settings, as indented JSON."""
+    rows = endpoints.table(settings.vertex_predict_path, settings.vertex_health_path)
+    return json.dumps(document_of(settings, rows), indent=2)
+
+
+def routes_of(
+    rows: Sequence[Endpoint], handlers: Mapping[str, Handler], tracing: Tracing | None
+) -> list[Route]:
+    """One for each path; some answer GET and POST."""
+    by_path: dict[str, dict[str, Handler]] = {}
+    for row in rows:
+        handler = handlers[row.name]
+        if tracing is not None:
+            handler = tracing.traced(handler, row.name, row.path)
+        by_path.setdefault(row.path, {})[row.method] = handler
+    return [Route(path, _by_method(methods), methods=list(methods)) for path, methods in by_path.items()]
+
+
+def _by_method(methods: dict[str, Handler]) -> Handler:
+    if len(methods) == 1:
+        return next(iter(methods.values()))
+
+    async def choose(request: Request) -> Response:
+        return await methods["GET" if request.method == "HEAD" else request.method](request)
+
+    return choose
 
 
 async def _empty_reply(_: Request, error: Exception) -> Response:
@@ -182,6 +275,7 @@ def settle_limits(settings: Settings, model: ModelFacts) -> Limits:
         max_total_tokens=max_total_tokens,
         vocab_size=model.vocab_size,
         prompt_logprobs=settings.enable_prefill_logprobs,
+        max_choices=min(MAX_CHOICES, settings.max_concurrent_requests),
     )
 
 
@@ -237,13 +331,20 @@ async def serve(settings: Settings) -> None:
     )
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
+        tracing = None
+        if settings.otlp_endpoint is not None:
+            tracing = open_tracing(settings.otlp_endpoint, settings.otlp_service_name)
+            stack.push_async_callback(asyncio.to_thread, tracing.close)
         stack.callback(tokenizer.close)
         starting = asyncio.create_task(_start(settings, metrics))
         step_loop = await signals.unless_first(starting)
         if step_loop is None:
             return
         stack.push_async_callback(step_loop.close)
-        app = build(settings, step_loop, metrics, tokenizer, template)
+        app = build(settings, step_loop, metrics, tokenizer, template, tracing)
+        if app.grammars is not None:
+            stack.push_async_callback(app.grammars.close)
+            await app.grammars.ready()
         listener = bind(settings.hostname, settings.port)
         await _serve_metrics(settings, app.metrics_asgi, stack)
         server = _Server(_config(app.asgi))
@@ -264,6 +365,14 @@ async def serve(settings: Settings) -> None:
         await asyncio.gather(draining, serving, return_exceptions=True)
 
 
+def open_tracing(endpoint: str, service_name: str) -> Tracing:
+    """Raises StartError."""
+    try:
+        return Tracing.to_collector(endpoint, service_name)
+    except TracingUnavailable as error:
+        raise StartError(str(error)) from error
+
+
 async def _start(settings: Settings, metrics: Metrics) -> StepLoop:
     """Reach the shards and warm them up."""
     addresses = await discover(settings.master_shard_uds_path)
@@ -275,6 +384,7 @@ async def _start(settings: Settings, metrics: Metrics) -> StepLoop:
         max_sequences=settings.max_batch_size or settings.max_concurrent_requests,
         max_kv_tokens=settings.max_batch_total_tokens,
         share_prefixes=settings.prefix_caching,
+        stall_timeout_s=settings.stall_timeout_s,
     )
     log.info("Warming up model")
     await step_loop.start()

@@ -93,6 +93,57 @@ class BatchSizeExceeded(RequestError):
         return f"Number of prompts exceeds the maximum allowed batch size of {self.args[0]}"
 
 
+class Cancelled(RequestError):
+    """Somebody ended the request by its id. OpenAI's routes tell no error: the answer ends where it was."""
+
+    status, error_type = 499, "cancelled"
+
+    def __str__(self) -> str:
+        return "Request was cancelled"
+
+
+class UnknownRequest(RequestError):
+    """Nothing runs under this id (any more); the argument is the id."""
+
+    status, error_type = 404, "not_found"
+
+    def __str__(self) -> str:
+        return f"No request `{self.args[0]}` is running"
+
+
+class UnknownModel(RequestError):
+    """The argument is the model's name."""
+
+    status, error_type = 404, "not_found"
+
+    def __str__(self) -> str:
+        return f"The model `{self.args[0]}` does not exist"
+
+
+class NoInstances(RequestError):
+    """A Vertex body that asks for nothing."""
+
+    status, error_type, counted_as = 422, "Input validation error", "validation"
+
+    def __str__(self) -> str:
+        return "Input validation error"
+
+
+class NotUTF8(RequestError):
+    """A KServe input whose bytes are no text; the argument is the decoder's message."""
+
+    status, error_type, counted_as = 422, "utf8", "validation"
+
+
+class LengthMismatch(RequestError):
+    """A KServe body with another number of outputs than of inputs."""
+
+    status, error_type, counted_as = 422, "length mismatch", "validation"
+
+    def __str__(self) -> str:
+        return "Inputs and outputs length mismatch"
+
+
 class Unhealthy(RequestError):
     status, error_type = 503, "healthcheck"
 

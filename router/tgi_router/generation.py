@@ -10,18 +10,21 @@ once and takes all that has piled up since.
 import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
 from msgspec import Struct
 
 from tgi_router.errors import (
+    Cancelled,
     ClientGone,
     GenerationFailed,
     Overloaded,
     RequestError,
     ShardsUnavailable,
     ShuttingDown,
+    UnknownRequest,
 )
 from tgi_router.metrics import Metrics
 from tgi_router.request import FinishReason, Listener, Request, SampledToken
@@ -29,6 +32,7 @@ from tgi_router.scheduling.step_loop import ShardsGone
 from tgi_router.text.detokenizer import Detokenizer, final_text
 from tgi_router.text.stopping import StopAnywhere, StopAtTokenEnd
 from tgi_router.text.tokenizer import Tokenizer
+from tgi_router.tracing import GenerationTrace, Tracing
 from tgi_router.validation import Draft, Validator
 
 NUM_CONTEXT_TOKENS = 5  # of the prompt, for the text of the first tokens
@@ -109,6 +113,8 @@ class Answer:
         *,
         tells_tokens: bool,
         clock_ns: Callable[[], int],
+        started_ns: int,
+        metrics: Metrics,
     ) -> None:
         self.request = request
         self.token_ids: list[int] = []
@@ -116,9 +122,13 @@ class Answer:
         self.prompt_logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
         self.error: RequestError | None = None
+        self.rest = ""  # what a cancelled answer still had to show
         self.sum_logprobs = 0.0
         self.scheduled_ns: int | None = None
         self.ended_ns: int | None = None
+        self._started_ns = started_ns
+        self._metrics = metrics
+        self._last_token_ns: int | None = None
         self._clock_ns = clock_ns
         self._mailbox = mailbox
         self._tells_tokens = tells_tokens
@@ -146,6 +156,10 @@ class Answer:
         return self.finish_reason is not None and token.index == len(self.token_ids)
 
     @property
+    def is_cancelled(self) -> bool:
+        return isinstance(self.error, Cancelled)
+
+    @property
     def mean_logprob(self) -> float:
         return self.sum_logprobs / max(len(self.token_ids), 1)
 
@@ -157,7 +171,7 @@ class Answer:
     def generated_text(self) -> str:
         """All of the answer; for OpenAI's routes what was shown, for TGI's own also the stop string."""
         if self.request.trim_stop:
-            return "".join(token.shown for token in self.tokens)
+            return "".join(token.shown for token in self.tokens) + self.rest
         return final_text(
             self._tokenizer.decode,
             self._tokenizer.special_ids,
@@ -172,6 +186,12 @@ class Answer:
         self.prompt_logprobs.extend(logprobs)
 
     def on_token(self, token: SampledToken) -> FinishReason | None:
+        now_ns = self._clock_ns()
+        if self._last_token_ns is None:
+            self._metrics.tgi_time_to_first_token_duration.observe((now_ns - self._started_ns) / 1e9)
+        else:
+            self._metrics.tgi_inter_token_duration.observe((now_ns - self._last_token_ns) / 1e9)
+        self._last_token_ns = now_ns
         token_id = token.token_id
         self.token_ids.append(token_id)
         self.sum_logprobs += token.logprob
@@ -181,7 +201,7 @@ class Answer:
         if len(self.token_ids) >= self.request.max_new_tokens:
             reason = "length"
             text += self._detokenizer.flush()
-        elif token_id in self._eos_token_ids and not self.request.ignore_eos:
+        elif token.ends_grammar or (token_id in self._eos_token_ids and not self.request.ignore_eos):
             reason = "eos_token"
         if self.request.trim_stop:
             shown, is_stop = self._show(text, special)
@@ -214,8 +234,17 @@ class Answer:
         self.ended_ns = self._clock_ns()
         self._mailbox.put(self, None)
 
+    def cancel(self) -> None:
+        """End here. The step loop must not call any more."""
+        if self.request.trim_stop:
+            shown, _ = self._stop_anywhere.push(self._detokenizer.flush())
+            self.rest = shown + self._stop_anywhere.flush()
+        self.error = Cancelled()
+        self.ended_ns = self._clock_ns()
+        self._mailbox.put(self, None)
+
     def _show(self, text: str, special: bool) -> tuple[str, bool]:
-        if not special:
+        if not special or text.strip() in self.request.shown_special:
             return self._stop_anywhere.push(text)
         if self._stop_anywhere.would_end_with(text):
             return "", True
@@ -246,9 +275,13 @@ class Run:
         started_ns: int,
         queued_ns: int,
         route: str,
+        num_choices: int,
+        trace: GenerationTrace | None,
     ) -> None:
+        self._trace = trace
         self.answers = answers
         self.route = route
+        self._num_choices = num_choices
         self._generation = generation
         self._mailbox = mailbox
         self._started_ns = started_ns
@@ -262,8 +295,24 @@ class Run:
         return max(self.answers, key=lambda answer: answer.mean_logprob)
 
     @property
+    def request_id(self) -> str:
+        return self.answers[0].request.request_id
+
+    @property
+    def chosen(self) -> list[Answer]:
+        """The answers that are given: all, or the best of more, best first."""
+        if len(self.answers) == self._num_choices:
+            return self.answers
+        ranked = sorted(self.answers, key=lambda answer: answer.mean_logprob, reverse=True)
+        return ranked[: self._num_choices]
+
+    @property
     def error(self) -> RequestError | None:
         return next((answer.error for answer in self.answers if answer.error is not None), None)
+
+    @property
+    def has_failed(self) -> bool:
+        return any(answer.error is not None and not answer.is_cancelled for answer in self.answers)
 
     @property
     def is_over(self) -> bool:
@@ -286,16 +335,55 @@ class Run:
             return
         self._is_open = False
         generation = self._generation
+        generation.forget(self)
         generation.permits.give_back(len(self.answers))
         for answer, sequence_id in self._sequence_ids.items():
             if not answer.is_over:
                 generation.steps.cancel(sequence_id)
+        if self._trace is not None:
+            self._end_trace(self._trace)
         if self.is_over:
             if self.error is None:
                 generation.record_success(self)
         elif self._mailbox.is_closed:
             generation.metrics.tgi_request_failure.labels("dropped").inc()
-            log.info("Client is gone", route=self.route, request_id=self.answers[0].request.request_id)
+            log.info("Client is gone", route=self.route, request_id=self.request_id)
+
+    def _end_trace(self, trace: GenerationTrace) -> None:
+        now_ns = self._generation.clock_ns()
+        for answer in self.answers:
+            ended_ns = answer.ended_ns or now_ns
+            scheduled_ns = answer.scheduled_ns or ended_ns
+            trace.record("queued", self._queued_ns, scheduled_ns)
+            if answer.scheduled_ns is not None:
+                trace.record("infer", scheduled_ns, ended_ns)
+        if self.error is not None:
+            trace.fail(str(self.error))
+        elif not self.is_over:
+            trace.fail("the client is gone")
+        else:
+            timings = self.timings(self.best)
+            trace.describe(
+                {
+                    "total_time": duration_text(timings.total),
+                    "validation_time": duration_text(timings.validation),
+                    "queue_time": duration_text(timings.queue),
+                    "inference_time": duration_text(timings.inference),
+                    "time_per_token": duration_text(timings.per_token(len(self.best.token_ids))),
+                    "seed": str(self.best.seed),
+                    "parameters": repr(self.best.request.sampling),
+                }
+            )
+        trace.end(now_ns)
+
+    def cancel(self) -> None:
+        """End the answers that are not over: their readers get what there is."""
+        self._generation.metrics.tgi_request_failure.labels("dropped").inc()
+        log.info("Cancelled", route=self.route, request_id=self.request_id)
+        for answer, sequence_id in self._sequence_ids.items():
+            if not answer.is_over:
+                self._generation.steps.cancel(sequence_id)
+                answer.cancel()
 
     def submit(self) -> None:
         for answer in self.answers:
@@ -329,7 +417,9 @@ class Generation:
         eos_token_ids: Collection[int],
         max_concurrent_requests: int,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self.steps = steps
         self.validator = validator
         self.tokenizer = tokenizer
@@ -338,6 +428,7 @@ class Generation:
         self.clock_ns = clock_ns
         self.is_draining = False
         self._eos_token_ids = eos_token_ids
+        self._open_runs: dict[str, list[Run]] = {}  # by request id, which nothing keeps clients from reusing
 
     def check_open(self) -> None:
         """Raises ShuttingDown once the server drains."""
@@ -357,14 +448,23 @@ class Generation:
         streams: every token is told; otherwise only the end of each answer, which keeps its tokens.
         started_ns: when the handler began, on this object's clock.
         """
+        self.validator.check_choices(draft)
         if streams:
             self.validator.check_stream(draft)
         else:
             self.validator.check_best_of(draft)
-        num_permits = max(draft.best_of, 1)
+        num_permits = draft.num_sequences
         self.permits.take(num_permits)
+        trace = None
+        if self._tracing is not None:
+            trace = self._tracing.generation("generate_stream" if streams else "generate", started_ns)
         try:
-            requests = await self.validator.validate(draft)
+            if trace is None:
+                requests = await self.validator.validate(draft)
+            else:
+                with trace.use():
+                    requests = await self.validator.validate(draft)
+                requests = [replace(request, traceparent=trace.traceparent) for request in requests]
             answers = [
                 Answer(
                     request,
@@ -373,26 +473,84 @@ class Generation:
                     mailbox,
                     tells_tokens=streams,
                     clock_ns=self.clock_ns,
+                    started_ns=started_ns,
+                    metrics=self.metrics,
                 )
                 for request in requests
             ]
-        except BaseException:
+        except BaseException as error:
             self.permits.give_back(num_permits)
+            if trace is not None:
+                trace.fail(str(error))
+                trace.end(self.clock_ns())
             raise
         queued_ns = self.clock_ns()
+        if trace is not None:
+            trace.record("validate", started_ns, queued_ns)
         request = requests[0]
         self.metrics.tgi_request_input_length.observe(len(request.prompt_token_ids))
         self.metrics.tgi_request_max_new_tokens.observe(request.max_new_tokens)
         self.metrics.tgi_request_validation_duration.observe((queued_ns - started_ns) / 1e9)
-        run = Run(self, answers, mailbox, started_ns=started_ns, queued_ns=queued_ns, route=route)
+        run = Run(
+            self,
+            answers,
+            mailbox,
+            started_ns=started_ns,
+            queued_ns=queued_ns,
+            route=route,
+            num_choices=draft.num_choices,
+            trace=trace,
+        )
         run.submit()
+        self._open_runs.setdefault(run.request_id, []).append(run)
         return run
 
-    async def finish(self, runs: Sequence[Run], mailbox: Mailbox) -> None:
-        """Until every answer of runs that do not stream is over. Raises the first error, or ClientGone."""
+    def forget(self, run: Run) -> None:
+        """It is closed."""
+        runs = self._open_runs[run.request_id]
+        runs.remove(run)
+        if not runs:
+            del self._open_runs[run.request_id]
+
+    def cancel(self, request_id: str) -> None:
+        """End what runs under this id. Raises UnknownRequest."""
+        runs = [run for run in self._open_runs.get(request_id, ()) if not run.is_over]
+        if not runs:
+            raise UnknownRequest(request_id)
+        for run in runs:
+            run.cancel()
+
+    async def begin_all(
+        self,
+        drafts: Sequence[Draft],
+        mailbox: Mailbox,
+        runs: list[Run],
+        *,
+        streams: bool,
+        started_ns: int,
+        route: str,
+    ) -> None:
+        """Begin all or none; those begun are in `runs`, in the drafts' order. Raises the first error."""
+        begun = await asyncio.gather(
+            *(
+                self.begin(draft, mailbox, streams=streams, started_ns=started_ns, route=route)
+                for draft in drafts
+            ),
+            return_exceptions=True,
+        )
+        runs.extend(run for run in begun if isinstance(run, Run))
+        for outcome in begun:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def finish(self, runs: Sequence[Run], mailbox: Mailbox, *, keeps_cancelled: bool = False) -> None:
+        """Until every answer of runs that do not stream is over. Raises the first error, or ClientGone.
+
+        keeps_cancelled: an answer that was cancelled is one all the same.
+        """
         while True:
             for run in runs:
-                if run.error is not None:
+                if run.error is not None and not (keeps_cancelled and isinstance(run.error, Cancelled)):
                     raise run.error
             if all(run.is_over for run in runs):
                 return
@@ -412,7 +570,7 @@ class Generation:
         log.info(
             "Success",
             route=run.route,
-            request_id=answer.request.request_id,
+            request_id=run.request_id,
             prompt_tokens=len(answer.request.prompt_token_ids),
             generated_tokens=num_tokens,
             finish_reason=answer.finish_reason,

@@ -14,7 +14,9 @@ import uvloop
 
 from tgi_router import app, logs
 from tgi_router.settings import Settings
+from tgi_router.text import reasoning
 from tgi_router.text.tokenizer import TokenizerUnavailable
+from tgi_router.text.tool_parsers import registry
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +25,19 @@ Command = Callable[..., None]
 COUNT = click.IntRange(min=1)
 LIMIT = click.IntRange(min=0)
 PORT = click.IntRange(0, 65535)
+
+
+class RoutePath(click.ParamType[str]):
+    """An absolute path, to be taken literally."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not str(value).startswith("/") or set("{}?#") & set(str(value)):
+            self.fail(f"{value!r} is not the path of a route.", param, ctx)
+        return str(value)
+
+
 NOT_USED = "Accepted for TGI's command line; "
 
 
@@ -94,6 +109,13 @@ def option(
 @option(
     "--prefix-caching/--no-prefix-caching", "Share the KV cache of prompts that begin alike.", default=True
 )
+@option(
+    "--stall-timeout",
+    "Seconds after which a step that has no result counts as stalled in /health; never less than ten times "
+    "the longest step so far.",
+    type=COUNT,
+    default=60,
+)
 @option("--validation-workers", "Tokenizer threads.", type=COUNT, default=2)
 @option(
     "--enable-prefill-logprobs",
@@ -105,10 +127,24 @@ def option(
     "--cors-allow-origin", "Origin that browsers may call from; may be repeated. Default: any.", multiple=True
 )
 @option("--api-key", "Key that requests must carry: `Authorization: Bearer <key>`.")
+@option(
+    "--tool-call-parser",
+    "How the model writes calls of tools. Default: as its chat template shows.",
+    type=click.Choice(registry.FORMATS),
+)
+@option(
+    "--reasoning-parser",
+    "How the model writes its thoughts, which then come as `reasoning_content`; auto: as its chat template "
+    "shows. Default: they stay content.",
+    type=click.Choice([*reasoning.FORMATS, "auto"]),
+)
+@option("--aip-predict-route", "A further path of /vertex, chosen by Vertex AI.", type=RoutePath())
+@option("--aip-health-route", "A further path of /health, chosen by Vertex AI.", type=RoutePath())
+@option("--aip-http-port", "Wins over --port; chosen by Vertex AI.", type=PORT)
 @option("--json-output", "Log lines as JSON.", is_flag=True, default=False)
 @option(
     "--disable-grammar-support",
-    "Refuse grammars. They are refused in any case for now.",
+    "Refuse grammars, and with them calls of tools that are forced.",
     is_flag=True,
     default=False,
 )
@@ -127,14 +163,21 @@ def option(
     default="on",
 )
 @option("--max-image-fetch-size", NOT_USED + "images are not fetched yet.", type=LIMIT, default=1 << 30)
-@option("--otlp-endpoint", "Collector for traces. Not available yet.")
+@option("--otlp-endpoint", "Collector that gets traces over OTLP/gRPC: http://host:4317.")
 @option("--otlp-service-name", "Name in traces.", default="text-generation-inference.router")
 @option("--ngrok", "Not available.", is_flag=True, default=False)
 @option("--ngrok-authtoken", "Not available.")
 @option("--ngrok-edge", "Not available.")
-def main(**options: Any) -> None:
-    """HTTP in front of the model's shards: checks, schedules and streams."""
-    for name in ("otlp_endpoint", "ngrok"):
+@click.argument("command", required=False, type=click.Choice(["print-schema"]))
+def main(command: str | None, **options: Any) -> None:
+    """HTTP in front of the model's shards: checks, schedules and streams.
+
+    `print-schema` prints the OpenAPI document instead of serving.
+    """
+    if command == "print-schema":
+        click.echo(app.schema(settings_from(options)))
+        return
+    for name in ("ngrok",):
         if options[name]:
             raise click.UsageError(f"not available yet: --{name.replace('_', '-')}")
     settings = settings_from(options)
@@ -152,7 +195,7 @@ def main(**options: Any) -> None:
 def settings_from(options: dict[str, Any]) -> Settings:
     return Settings(
         hostname=options["hostname"],
-        port=options["port"],
+        port=options["aip_http_port"] or options["port"],
         prometheus_port=options["prometheus_port"],
         master_shard_uds_path=options["master_shard_uds_path"],
         tokenizer_path=Path(options["tokenizer_name"]),
@@ -170,13 +213,21 @@ def settings_from(options: dict[str, Any]) -> Settings:
         max_batch_total_tokens=options["max_batch_total_tokens"],
         max_batch_size=options["max_batch_size"],
         prefix_caching=options["prefix_caching"],
+        stall_timeout_s=options["stall_timeout"],
         validation_workers=options["validation_workers"],
         enable_prefill_logprobs=options["enable_prefill_logprobs"],
+        grammars=not options["disable_grammar_support"],
         cors_allow_origin=options["cors_allow_origin"],
         api_key=options["api_key"],
+        vertex_predict_path=options["aip_predict_route"],
+        vertex_health_path=options["aip_health_route"],
         compute_type=os.environ.get("COMPUTE_TYPE", "gpu+optimized"),
         docker_label=os.environ.get("DOCKER_LABEL"),
         git_sha=os.environ.get("GIT_SHA"),
+        tool_call_parser=options["tool_call_parser"],
+        reasoning_parser=options["reasoning_parser"],
+        otlp_endpoint=options["otlp_endpoint"],
+        otlp_service_name=options["otlp_service_name"],
         json_output=options["json_output"],
         log_level=os.environ.get("LOG_LEVEL", "info"),
         log_colors=os.environ.get("LOG_COLORIZE", "") in ("1", "true"),

@@ -4,10 +4,13 @@ The text differs from the client library's own in two ways that dashboards made 
 carry no `_total` suffix, and whole bucket bounds print without `.0`.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
 
@@ -63,6 +66,15 @@ class Metrics:
             "tgi_request_mean_time_per_token_duration", "Mean time per token per request"
         )
 
+        # A stream as its reader sees it: not in TGI.
+        self.tgi_time_to_first_token_duration = self._duration(
+            "tgi_time_to_first_token_duration", "From the request's arrival to its first token"
+        )
+        self.tgi_inter_token_duration = TokenHistogram(
+            "tgi_inter_token_duration", "Time between two tokens of an answer", DURATION_BUCKETS
+        )
+        self.registry.register(self.tgi_inter_token_duration)
+
         # The queue and the batch that runs.
         self.tgi_queue_size = self._gauge("tgi_queue_size", "Current queue size")
         self.tgi_batch_current_size = self._gauge("tgi_batch_current_size", "Current batch size")
@@ -111,6 +123,11 @@ class Metrics:
             "tgi_batch_concat", "Sequences that joined a running batch", ["reason"]
         )
 
+        # method: always "decode"
+        self.tgi_batch_concat_duration = self._duration(
+            "tgi_batch_concat_duration", "Time to plan a step in which sequences join others", ["method"]
+        )
+
         # KV blocks, the prefix cache, survival: not in TGI.
         self.tgi_kv_blocks_total = self._gauge("tgi_kv_blocks_total", "KV cache blocks")
         self.tgi_kv_blocks_used = self._gauge("tgi_kv_blocks_used", "KV cache blocks held by live sequences")
@@ -154,6 +171,28 @@ class Metrics:
 
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, help_text, buckets=buckets, registry=self.registry)
+
+
+class TokenHistogram(Collector):
+    """A histogram without labels, cheap to observe (well below a microsecond): it is told every token."""
+
+    def __init__(self, name: str, help_text: str, buckets: tuple[float, ...]) -> None:
+        self._name = name
+        self._help_text = help_text
+        self._buckets = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._buckets, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        bounds = [*(repr(bucket) for bucket in self._buckets), "+Inf"]
+        cumulative = zip(bounds, accumulate(self._counts), strict=True)
+        yield HistogramMetricFamily(
+            self._name, self._help_text, [(bound, float(count)) for bound, count in cumulative], self._sum
+        )
 
 
 def _exposition_lines(metric: Metric) -> Iterator[str]:

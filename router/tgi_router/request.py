@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from tgi_router.grammar.mask import Grammar
+
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 
@@ -20,13 +22,15 @@ class Sampling:
     output_frequency_penalty: float = 0.0  # OpenAI's: times the count in the output
     output_presence_penalty: float = 0.0
     watermark: bool = False
+    min_p: float = 0.0  # 0: off
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its score), ids distinct
     seed: int = 0  # unsigned 64 bits; always set, drawn by the router when the client gave none
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     request_id: str
-    prompt: str  # as typed, or as the chat template rendered it
+    prompt: str  # as typed, as the chat template rendered it, or the text of the ids that were given
     prompt_token_ids: tuple[int, ...]  # after truncation; at least one
     sampling: Sampling
     max_new_tokens: int  # exact; prompt and output fit into max_total_tokens together
@@ -35,8 +39,12 @@ class Request:
     # anywhere, cut off.
     trim_stop: bool = False
     ignore_eos: bool = False
+    # With trim_stop: special tokens whose text is shown, because it tells words and calls of tools apart.
+    shown_special: frozenset[str] = frozenset()
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
+    grammar: Grammar | None = None  # what the answer must match
+    traceparent: str = ""  # W3C trace context that the shards' spans belong to; empty: not traced
     choice: int = 0  # which of several answers to one request this is; part of the key of its draws
 
 
@@ -47,6 +55,7 @@ class SampledToken:
     token_id: int
     logprob: float
     top_tokens: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+    ends_grammar: bool = False  # nothing may follow, and the model has no token that says so
 
 
 class Listener(Protocol):

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from tgi_router.text.reasoning import ReasoningFormat
+from tgi_router.text.tool_parsers.registry import ToolCallFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +33,23 @@ class Settings:
     max_batch_total_tokens: int | None
     max_batch_size: int | None
     prefix_caching: bool
+    stall_timeout_s: float
     # behaviour
     validation_workers: int
     enable_prefill_logprobs: bool
+    grammars: bool
     cors_allow_origin: tuple[str, ...]  # empty: any
     api_key: str | None
+    vertex_predict_path: str | None  # further paths, chosen by Vertex AI
+    vertex_health_path: str | None
     compute_type: str
     docker_label: str | None
     git_sha: str | None
-    # logs
+    tool_call_parser: ToolCallFormat | None  # None: what the chat template shows
+    reasoning_parser: ReasoningFormat | Literal["auto"] | None
+    # logs and traces
+    otlp_endpoint: str | None  # of the collector, over gRPC; None: nothing is traced
+    otlp_service_name: str
     json_output: bool
     log_level: str
     log_colors: bool

@@ -6,17 +6,24 @@ whatever needs the tokenizer comes last.
 
 import math
 import random
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+from tgi_router import request_id
 from tgi_router.errors import ValidationError
+from tgi_router.grammar.compile import GrammarCompiler
+from tgi_router.grammar.mask import Grammar
+from tgi_router.grammar.source import AskedGrammar, GrammarError
 from tgi_router.request import Request, Sampling
 from tgi_router.schemas.numbers import to_float32
 from tgi_router.text.tokenizer import Encoded, Tokenizer
+from tgi_router.tracing import Tracing
 
 # TGI gave the shards at most this many tokens at a time: a larger max_new_tokens is fine if this many fit.
 MAX_CHECKED_NEW_TOKENS = 1024
+
+MAX_LOGIT_BIAS = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +32,10 @@ class Draft:
 
     inputs: str
     add_special_tokens: bool
-    best_of: int = 1
+    prompt_token_ids: tuple[int, ...] | None = None  # instead of `inputs`, as they are
+    num_choices: int = 1  # answers to give
+    best_of: int = 1  # answers to generate, if more: the best are given
+    one_seed_for_all: bool = False  # OpenAI: `seed` may go with several answers
     do_sample: bool = False
     is_greedy: bool = False  # whatever else asks for sampling: OpenAI's temperature 0
     temperature: float | None = None
@@ -36,15 +46,25 @@ class Draft:
     top_k: int | None = None
     top_p: float | None = None
     typical_p: float | None = None
+    min_p: float | None = None
+    logit_bias: Mapping[int, float] | None = None
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     trim_stop: bool = False
+    shown_special: frozenset[str] = frozenset()
+    ignore_eos: bool = False
     truncate: int | None = None
     watermark: bool = False
-    prompt_logprobs: bool = False
+    prompt_logprobs: bool = False  # if the server gives them
+    needs_prompt_logprobs: bool = False  # refused if it does not
     seed: int | None = None
     top_n_tokens: int | None = None
-    has_grammar: bool = False
+    top_n_field: str = "top_n_tokens"  # what the route calls it
+    grammar: AskedGrammar | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        return max(self.best_of, self.num_choices, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +76,7 @@ class Limits:
     max_total_tokens: int
     vocab_size: int
     prompt_logprobs: bool  # whether the server gives them at all
+    max_choices: int = 128  # answers to one request: OpenAI's `n`
 
 
 class Validator:
@@ -63,11 +84,22 @@ class Validator:
         self,
         tokenizer: Tokenizer,
         limits: Limits,
+        grammars: GrammarCompiler | None = None,  # None: they are refused
         draw_seed: Callable[[], int] = lambda: random.getrandbits(64),
+        tracing: Tracing | None = None,
     ) -> None:
         self.limits = limits
+        self._grammars = grammars
         self._tokenizer = tokenizer
         self._draw_seed = draw_seed
+        self._tracing = tracing
+
+    def check_choices(self, draft: Draft) -> None:
+        """Before anything is reserved."""
+        if not 1 <= draft.num_choices <= self.limits.max_choices:
+            raise ValidationError(
+                f"`n` must be >= 1 and <= {self.limits.max_choices}. Given: {draft.num_choices}"
+            )
 
     def check_best_of(self, draft: Draft) -> None:
         """Before anything is reserved for an answer that comes in one piece."""
@@ -86,27 +118,34 @@ class Validator:
             raise ValidationError("`decoder_input_details` == true is not supported when streaming tokens")
 
     async def validate(self, draft: Draft) -> list[Request]:
-        """One request for each of the `best_of` choices. Raises ValidationError."""
+        """One request for each of the draft's sequences. Raises ValidationError."""
         sampling = self._sampling(draft)
         self._check_parameters(draft)
-        prompt_token_ids = await self._prompt(draft)
+        prompt, prompt_token_ids = draft.inputs, await self._prompt(draft)
+        if draft.prompt_token_ids is not None:
+            prompt = self._tokenizer.decode(prompt_token_ids)
         max_new_tokens = self._max_new_tokens(draft, len(prompt_token_ids))
-        if draft.has_grammar:
-            raise ValidationError("grammar is not supported")
+        grammar = await self._grammar(draft)
+        own_id = request_id.current()
         return [
             Request(
-                request_id=uuid.uuid4().hex,
-                prompt=draft.inputs,
+                request_id=own_id,
+                prompt=prompt,
                 prompt_token_ids=prompt_token_ids,
                 sampling=sampling(draft.seed if draft.seed is not None else self._draw_seed()),
                 max_new_tokens=max_new_tokens,
                 stop=draft.stop,
                 trim_stop=draft.trim_stop,
+                shown_special=draft.shown_special,
+                ignore_eos=draft.ignore_eos,
                 top_n_tokens=draft.top_n_tokens or 0,
-                prompt_logprobs=draft.prompt_logprobs and self.limits.prompt_logprobs,
+                prompt_logprobs=(
+                    draft.needs_prompt_logprobs or (draft.prompt_logprobs and self.limits.prompt_logprobs)
+                ),
+                grammar=grammar,
                 choice=choice,
             )
-            for choice in range(max(draft.best_of, 1))
+            for choice in range(draft.num_sequences)
         ]
 
     def _sampling(self, draft: Draft) -> Callable[[int], Sampling]:
@@ -114,7 +153,7 @@ class Validator:
         asks_for_sampling = draft.do_sample or any(
             value is not None for value in (draft.temperature, draft.top_k, draft.top_p, draft.typical_p)
         )
-        if draft.best_of > 1 and not asks_for_sampling:
+        if draft.best_of > 1 and not asks_for_sampling and not draft.is_greedy:
             raise ValidationError("you must use sampling when `best_of` is > 1")
         temperature = _float32("temperature", draft.temperature, 1.0)
         if temperature <= 0:
@@ -140,6 +179,10 @@ class Validator:
             raise ValidationError("`typical_p` must be > 0.0 and < 1.0")
         if draft.top_k is not None and draft.top_k <= 0:
             raise ValidationError("`top_k` must be strictly positive")
+        min_p = _float32("min_p", draft.min_p, 0.0)
+        if not 0 <= min_p <= 1:
+            raise ValidationError("`min_p` must be >= 0.0 and <= 1.0")
+        logit_bias = self._logit_bias(draft)
         # `temperature: 1` alone stays greedy, although it counts as asking for sampling above.
         samples = draft.do_sample or temperature != 1 or bool(draft.top_k) or top_p < 1 or typical_p < 1
 
@@ -155,10 +198,27 @@ class Validator:
                 output_frequency_penalty=penalties["output_frequency_penalty"],
                 output_presence_penalty=penalties["output_presence_penalty"],
                 watermark=draft.watermark,
+                min_p=min_p,
+                logit_bias=logit_bias,
                 seed=seed,
             )
 
         return with_seed
+
+    def _logit_bias(self, draft: Draft) -> tuple[tuple[int, float], ...]:
+        logit_bias = draft.logit_bias or {}
+        for token_id, value in logit_bias.items():
+            if not 0 <= token_id < self.limits.vocab_size:
+                raise ValidationError(
+                    f"`logit_bias` names token id {token_id}, which is not in the model's vocabulary "
+                    f"of {self.limits.vocab_size}"
+                )
+            if not -MAX_LOGIT_BIAS <= value <= MAX_LOGIT_BIAS:
+                raise ValidationError(
+                    f"`logit_bias` must be >= {-MAX_LOGIT_BIAS} and <= {MAX_LOGIT_BIAS}. "
+                    f"Given: {value} for token id {token_id}"
+                )
+        return tuple(logit_bias.items())
 
     def _check_parameters(self, draft: Draft) -> None:
         """Rules 8 to 13."""
@@ -169,13 +229,18 @@ class Validator:
             raise ValidationError(
                 f"`stop` supports up to {limits.max_stop_sequences} stop sequences. Given: {len(draft.stop)}"
             )
-        if draft.seed is not None and draft.best_of > 1:
+        if draft.seed is not None and draft.best_of > 1 and not draft.one_seed_for_all:
             raise ValidationError("`seed` must not be set when `best_of` > 1")
         if (draft.top_n_tokens or 0) > limits.max_top_n_tokens:
             raise ValidationError(
-                f"`top_n_tokens` must be >= 0 and <= {limits.max_top_n_tokens}. Given: {draft.top_n_tokens}"
+                f"`{draft.top_n_field}` must be >= 0 and <= {limits.max_top_n_tokens}. "
+                f"Given: {draft.top_n_tokens}"
             )
-        if not draft.inputs:
+        if draft.needs_prompt_logprobs and not limits.prompt_logprobs:
+            raise ValidationError(
+                "logprobs of the prompt need a server that was started with `--enable-prefill-logprobs`"
+            )
+        if not draft.inputs and not draft.prompt_token_ids:
             raise ValidationError("`inputs` cannot be empty")
         if draft.truncate is not None and not 0 < draft.truncate <= limits.max_input_tokens:
             raise ValidationError(
@@ -185,8 +250,18 @@ class Validator:
 
     async def _prompt(self, draft: Draft) -> tuple[int, ...]:
         """Rule 14, and the cut that `truncate` asks for."""
+        if draft.prompt_token_ids is not None:
+            for token_id in (min(draft.prompt_token_ids), max(draft.prompt_token_ids)):
+                if not 0 <= token_id < self.limits.vocab_size:
+                    raise ValidationError(
+                        f"token id {token_id} is not in the model's vocabulary of {self.limits.vocab_size}"
+                    )
+            return draft.prompt_token_ids
         try:
-            encoded = await self._tokenizer.encode(draft.inputs, add_special_tokens=draft.add_special_tokens)
+            with self._tracing.span("tokenize") if self._tracing is not None else nullcontext():
+                encoded = await self._tokenizer.encode(
+                    draft.inputs, add_special_tokens=draft.add_special_tokens
+                )
         except Exception as error:  # the tokenizer library raises bare Exception
             raise ValidationError(f"tokenizer error {error}") from error
         if not encoded.token_ids:
@@ -197,6 +272,17 @@ class Validator:
                 f"of {self.limits.vocab_size}"
             )
         return truncated(encoded, draft.truncate)
+
+    async def _grammar(self, draft: Draft) -> Grammar | None:
+        """Rule 17."""
+        if draft.grammar is None:
+            return None
+        if self._grammars is None:
+            raise ValidationError("grammar is not supported")
+        try:
+            return await self._grammars.compile(draft.grammar)
+        except GrammarError as error:
+            raise ValidationError(str(error)) from error
 
     def _max_new_tokens(self, draft: Draft, num_prompt_tokens: int) -> int:
         """Rules 15 and 16. The exact number, cut to what fits behind the prompt."""

@@ -20,13 +20,26 @@ from torch import Tensor
 from tgi_shard.distributed import Group
 from tgi_shard.kv_cache import KVCache
 from tgi_shard.models.decoder import Model
-from tgi_shard.plan import FailedSequence, PromptLogprobs, StepPlan, StepResult
+from tgi_shard.plan import FailedSequence, Masks, PromptLogprobs, StepPlan, StepResult
+from tgi_shard.sampling.grammar import AllowedTokens
 from tgi_shard.sampling.logprobs import TopTokens, token_logprobs
 from tgi_shard.sampling.sampler import Sampler
 from tgi_shard.slots import Rows, Slots
 
 MAX_PROMPT_LOGITS = 512  # positions of a prompt whose logits are held at a time
 PLANS_IN_FLIGHT = 2  # a step is finished before the second one after it is launched
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """A step whose forward pass has been launched; nothing has been chosen yet."""
+
+    step_id: int
+    slots: np.ndarray  # [n] those that sample
+    logits: Tensor | None  # [n, vocab_size]; None if n is 0
+    prompt_logprobs: list[tuple[int, int, Tensor]]
+    failed: list[FailedSequence]
+    stopwatch: "Stopwatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +81,13 @@ class Engine:
         self.slots.clear()
         self._broken.clear()
 
-    @torch.inference_mode()
-    def step(self, plan: StepPlan) -> PendingResult:
+    def step(self, plan: StepPlan, masks: Masks | None = None) -> PendingResult:
         """Launch a step. Raises only what concerns no single sequence."""
+        return self.sample(self.forward(plan), masks)
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> Forwarded:
+        """The first half of a step."""
         stopwatch = Stopwatch(self.slots.device)
         self._drop_broken(plan.step_id)
         rows, failed = self.slots.apply(plan)
@@ -79,8 +96,14 @@ class Engine:
         for part in self._parts(rows):
             sampling, logits = self._forward(part, prompt_logprobs)
         stopwatch.lap()
-        pending = self._sample(plan.step_id, sampling, logits, prompt_logprobs, failed, stopwatch)
-        stopwatch.lap()
+        return Forwarded(plan.step_id, sampling, logits, prompt_logprobs, failed, stopwatch)
+
+    @torch.inference_mode()
+    def sample(self, step: Forwarded, masks: Masks | None = None) -> PendingResult:
+        """The second half of a step. masks: for the sequences that have a grammar; else None."""
+        step.stopwatch.lap()  # what passed since the forward pass was a wait for the masks
+        pending = self._sample(step, masks)
+        step.stopwatch.lap()
         return pending
 
     def _parts(self, rows: Rows) -> list[Rows]:
@@ -139,28 +162,22 @@ class Engine:
             logits = logits.index_select(0, of_last)
         return slots_of[does_sample], logits if len(last_tokens) else None
 
-    def _sample(
-        self,
-        step_id: int,
-        slots_of: np.ndarray,
-        logits: Tensor | None,
-        prompt_logprobs: list[tuple[int, int, Tensor]],
-        failed: list[FailedSequence],
-        stopwatch: "Stopwatch",
-    ) -> PendingResult:
-        """Choose a token for each of `slots_of` ([n]) and append it.
-
-        logits: [n, vocab_size], None if n is 0.
-        """
-        slots = self.slots
+    def _sample(self, step: Forwarded, masks: Masks | None) -> PendingResult:
+        """Choose a token for each sequence that samples, and append it."""
+        slots, slots_of, logits = self.slots, step.slots, step.logits
         token_ids = torch.empty(len(slots_of), dtype=torch.int64, device=slots.device)
         logprobs = top_tokens = digest_of_rank_0 = None
         sequence_ids = slots.ids(slots_of)
-        digest = _digest(step_id, sequence_ids)
+        digest = _digest(step.step_id, sequence_ids)
         if logits is not None:
             if self.group.rank == 0:
                 sampled = self.sampler(
-                    logits, slots.sampling[slots_of], slots.history(slots_of), slots.top_n[slots_of]
+                    logits,
+                    slots.sampling[slots_of],
+                    slots.history(slots_of),
+                    slots.top_n[slots_of],
+                    slots.biases(slots_of),
+                    None if masks is None else AllowedTokens.of(masks, sequence_ids),
                 )
                 token_ids = sampled.token_ids
                 if sampled.top_tokens is not None:
@@ -171,17 +188,17 @@ class Engine:
                 token_ids, digest_of_rank_0 = self.group.broadcast(message).split([len(slots_of), 1])
             slots.append(slots_of, token_ids)
         return PendingResult(
-            step_id=step_id,
+            step_id=step.step_id,
             sequence_ids=sequence_ids,
             added_at=slots.added_at[slots_of],
             token_ids=_to_host(token_ids),
             logprobs=logprobs,
             top_tokens=top_tokens,
-            prompt_logprobs=prompt_logprobs,
-            failed=failed,
+            prompt_logprobs=step.prompt_logprobs,
+            failed=step.failed,
             digest=digest,
             digest_of_rank_0=None if digest_of_rank_0 is None else _to_host(digest_of_rank_0),
-            stopwatch=stopwatch,
+            stopwatch=step.stopwatch,
         )
 
     @torch.inference_mode()
@@ -190,7 +207,7 @@ class Engine:
 
         Steps are finished in order, at most one is left open.
         """
-        forward_ns, sample_ns, total_ns = pending.stopwatch.read_ns()
+        forward_ns, _, sample_ns, total_ns = pending.stopwatch.read_ns()
         if pending.digest_of_rank_0 is not None and pending.digest != int(pending.digest_of_rank_0):
             raise RuntimeError(f"the ranks do not run the same plans (step {pending.step_id})")
         token_ids = pending.token_ids.tolist()

@@ -80,7 +80,7 @@ def main() -> None:
 )
 @_logger_level
 @_json_output
-@click.option("--otlp-endpoint")
+@click.option("--otlp-endpoint", help="Collector that gets traces over OTLP/gRPC: http://host:4317.")
 @click.option(
     "--otlp-service-name",
     default="text-generation-inference.server",
@@ -112,7 +112,6 @@ def serve(
     _refuse("--quantize", quantize)
     _refuse("--speculate", speculate)
     _refuse("--kv-cache-dtype", kv_cache_dtype)
-    _refuse("--otlp-endpoint", otlp_endpoint)
     _refuse("LORA_ADAPTERS", _environment("LORA_ADAPTERS", str, None))
     logs.configure(logger_level, json_output=json_output)
 
@@ -126,12 +125,15 @@ def serve(
         max_input_tokens=max_input_tokens,
         json_output=json_output,
         logger_level=logger_level,
+        otlp_endpoint=otlp_endpoint,
+        otlp_service_name=otlp_service_name,
     )
     from tgi_shard import service
+    from tgi_shard.tracing import TracingUnavailable
 
     try:
         service.serve(settings)
-    except ModelError as error:
+    except (ModelError, TracingUnavailable) as error:
         raise _Refused(str(error)) from error
 
 
@@ -205,6 +207,8 @@ def _settings(
     max_input_tokens: int | None,
     json_output: bool,
     logger_level: str,
+    otlp_endpoint: str | None,
+    otlp_service_name: str,
 ) -> "Settings":
     """The options together with what the environment says of the group, the memory and the sampling."""
     if sharded:
@@ -264,6 +268,8 @@ def _settings(
         max_input_tokens=max_input_tokens,
         json_output=json_output,
         logger_level=logger_level,
+        otlp_endpoint=otlp_endpoint,
+        otlp_service_name=otlp_service_name,
     )
 
 

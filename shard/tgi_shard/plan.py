@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tgi_shard.sampling.bias import LogitBias
 from tgi_shard.sampling.parameters import SamplingParameters
 
 
@@ -16,6 +17,7 @@ class AddSequence:
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
+    logit_bias: LogitBias | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,14 @@ class StepPlan:
     run_num_tokens: np.ndarray  # int64
     run_num_new_blocks: np.ndarray  # int64
     new_block_ids: np.ndarray  # int64
+    await_masks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    step_id: int
+    sequence_ids: list[int]
+    bits: np.ndarray  # [n, at least vocab_size / 8] uint8: bit t % 8 of byte t / 8 is token t's; 1: allowed
 
 
 @dataclass(frozen=True, slots=True)

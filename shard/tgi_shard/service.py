@@ -12,6 +12,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from tgi_proto import generate_pb2_grpc as pb_grpc
 from tgi_shard import wire
 from tgi_shard.distributed import Group, close_group, init_group
 from tgi_shard.engine import Engine
-from tgi_shard.engine_thread import EngineThread
+from tgi_shard.engine_thread import AwaitedMasks, EngineThread
 from tgi_shard.model_folder import read_config
 from tgi_shard.models.registry import LoadedModel, load_model
-from tgi_shard.plan import StepResult
+from tgi_shard.plan import Masks, StepPlan, StepResult
 from tgi_shard.sampling.sampler import Sampler
 from tgi_shard.settings import Settings
+from tgi_shard.tracing import SequenceSpans
 from tgi_shard.warmup import Limits, NotEnoughMemory, warm_up
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,9 @@ def serve(settings: Settings) -> None:
     # Left behind by a process that was killed. It goes at once: a socket there means a rank that is ready.
     socket = Path(f"{settings.uds_path}-{settings.rank}").absolute()
     socket.unlink(missing_ok=True)
+    spans = None
+    if settings.otlp_endpoint is not None:
+        spans = SequenceSpans.to_collector(settings.otlp_endpoint, settings.otlp_service_name, settings.rank)
     group = init_group(
         settings.rank, settings.world_size, settings.device, settings.master_addr, settings.master_port
     )
@@ -64,7 +69,7 @@ def serve(settings: Settings) -> None:
         loaded = thread.call(lambda: _load(settings, group)).result()
         gc.collect()
         gc.freeze()  # what is loaded stays: the collector need not walk through it again
-        asyncio.run(_serve(settings, loaded, group, thread, f"unix://{socket}"))
+        asyncio.run(_serve(settings, loaded, group, thread, spans, f"unix://{socket}"))
     finally:
         socket.unlink(missing_ok=True)
         close_group(group)
@@ -112,13 +117,18 @@ class _Progress:
 
 
 async def _serve(
-    settings: Settings, loaded: LoadedModel, group: Group, thread: EngineThread, address: str
+    settings: Settings,
+    loaded: LoadedModel,
+    group: Group,
+    thread: EngineThread,
+    spans: SequenceSpans | None,
+    address: str,
 ) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    service = Service(settings, loaded, group, thread, stopped)
+    service = Service(settings, loaded, group, thread, stopped, spans)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     pb_grpc.add_TextGenerationServicer_to_server(service, server)
     server.add_insecure_port(address)
@@ -128,6 +138,8 @@ async def _serve(
     await server.stop(STOP_GRACE_S)
     if not await asyncio.to_thread(service.thread.stop, ENGINE_STOP_TIMEOUT_S):
         log.warning("A step is still under way: it is left")
+    if spans is not None:
+        await asyncio.to_thread(spans.close)
     if service.failure is not None:
         raise EngineFailed(str(service.failure)) from service.failure
 
@@ -142,7 +154,9 @@ class Service(pb_grpc.TextGenerationServicer):
         group: Group,
         thread: EngineThread,
         stopped: asyncio.Event,
+        spans: SequenceSpans | None = None,
     ) -> None:
+        self._spans = spans
         self.settings = settings
         self.loaded = loaded
         self.group = group
@@ -175,6 +189,7 @@ class Service(pb_grpc.TextGenerationServicer):
             last_step_id=self.thread.last_step_id,
             last_step_age_s=0.0 if ended_at is None else now - ended_at,
             current_step_age_s=0.0 if began_at is None else now - began_at,
+            longest_step_s=self.thread.longest_step_s,
         )
 
     async def Warmup(self, request: pb.WarmupRequest, context: "Context") -> pb.WarmupResponse:
@@ -223,10 +238,11 @@ class Service(pb_grpc.TextGenerationServicer):
             self.settings.device,
             limits,
             memory_fraction=self.settings.memory_fraction,
+            on_step=self.thread.note_step,
         )
 
     async def Run(
-        self, plans: AsyncIterator[pb.StepPlan], context: "Context"
+        self, requests: AsyncIterator[pb.RunRequest], context: "Context"
     ) -> AsyncIterator[pb.StepResult]:
         engine = self._engine
         if engine is None:
@@ -237,7 +253,7 @@ class Service(pb_grpc.TextGenerationServicer):
         stream = self._stream = _Stream()
         # Plans of an older stream that still wait for the thread run first: other ranks may have run them.
         self.thread.call(engine.forget)
-        stream.reader = asyncio.create_task(self._read(plans, engine, stream))
+        stream.reader = asyncio.create_task(self._read(requests, engine, stream))
         try:
             while not isinstance(result := await stream.results.get(), _End):
                 yield wire.step_result(result)
@@ -245,24 +261,49 @@ class Service(pb_grpc.TextGenerationServicer):
                 await context.abort(result.code, result.message)
         finally:
             stream.reader.cancel()
+            stream.give_up_masks()
+            if self._spans is not None and self._stream is stream:
+                self._spans.end_all()
             if self._stream is stream:
                 self._stream = None
                 self.thread.call(engine.forget)
 
-    async def _read(self, plans: AsyncIterator[pb.StepPlan], engine: Engine, stream: "_Stream") -> None:
-        """Hand the plans to the engine's thread as they come."""
+    async def _read(self, requests: AsyncIterator[pb.RunRequest], engine: Engine, stream: "_Stream") -> None:
+        """Hand the plans to the engine's thread as they come, and the masks to the plans that await them."""
 
         def deliver(result: StepResult | _End) -> None:
             self._loop.call_soon_threadsafe(stream.results.put_nowait, result)
 
         try:
-            async for plan in plans:
-                self.thread.run_plan(engine, wire.step_plan(plan), deliver)
+            async for request in requests:
+                if request.HasField("masks"):
+                    masks = wire.masks(request.masks, engine.slots.vocab_size)
+                    if (future := stream.awaited.pop(masks.step_id, None)) is None:
+                        raise wire.MalformedPlan(f"masks of step {masks.step_id}, which awaits none")
+                    future.set_result(masks)
+                else:
+                    if self._spans is not None:
+                        self._spans.follow(request.plan)
+                    plan = wire.step_plan(request.plan)
+                    self.thread.run_plan(engine, plan, deliver, self._await_masks(plan, stream))
+            if stream.awaited and self.group.rank == 0:
+                raise wire.MalformedPlan(f"no masks have come for the steps {sorted(stream.awaited)}")
         except wire.MalformedPlan as error:
             stream.end(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             return
         # The router has closed its side: what is under way is still answered.
         self.thread.call(lambda: deliver(_End(grpc.StatusCode.OK, "")))
+
+    def _await_masks(self, plan: StepPlan, stream: "_Stream") -> AwaitedMasks | None:
+        """None: the step runs through. Rank 0 chooses the tokens, the others wait for it."""
+        if not plan.await_masks:
+            return None
+        future = stream.awaited[plan.step_id] = Future[Masks | None]()
+
+        def on_timeout(message: str) -> None:
+            self._loop.call_soon_threadsafe(stream.end, grpc.StatusCode.DEADLINE_EXCEEDED, message)
+
+        return AwaitedMasks(future, on_timeout) if self.group.rank == 0 else None
 
     async def _forget(self) -> None:
         if self._engine is not None:
@@ -300,12 +341,20 @@ class _Stream:
 
     results: asyncio.Queue[StepResult | _End] = field(default_factory=asyncio.Queue)
     reader: asyncio.Task[None] | None = None
+    awaited: "dict[int, Future[Masks | None]]" = field(default_factory=dict)  # by step id
+
+    def give_up_masks(self) -> None:
+        """None will come any more: wake the engine, which may be waiting."""
+        while self.awaited:
+            _, future = self.awaited.popitem()
+            future.set_result(None)
 
     def end(self, code: grpc.StatusCode, message: str) -> None:
         """No further plan is read; results that are there already still go out."""
         if self.reader is not None:
             self.reader.cancel()
         self.results.put_nowait(_End(code, message))
+        self.give_up_masks()
 
 
 def eos_token_ids(model_path: Path) -> list[int]:

@@ -28,6 +28,8 @@ class Settings:
     max_input_tokens: int | None
     json_output: bool
     logger_level: str
+    otlp_endpoint: str | None = None  # of a collector that gets spans; None: nothing is traced
+    otlp_service_name: str = "text-generation-inference.server"
 
 
 def device_of(rank: int) -> torch.device:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tgi_shard.plan import AddSequence, FailedSequence, StepPlan
+from tgi_shard.sampling.bias import LogitBias
 from tgi_shard.sampling.history import History
 from tgi_shard.sampling.parameters import COLUMNS
 from tgi_shard.step import StepInputs
@@ -62,6 +63,7 @@ class Slots:
         self.prompt_lens = np.zeros(max_sequences, np.int64)
         self.num_blocks = np.zeros(max_sequences, np.int64)
         self.sampling = np.zeros(max_sequences, COLUMNS)
+        self.logit_biases: list[LogitBias | None] = [None] * max_sequences
         self.top_n = np.zeros(max_sequences, np.int64)
         self.wants_prompt_logprobs = np.zeros(max_sequences, np.bool_)
         self.added_at = np.zeros(max_sequences, np.int64)  # step id
@@ -116,6 +118,7 @@ class Slots:
             self.prompt_lens[slot] = len(sequence.prompt_token_ids)
             self.num_blocks[slot] = 0
             self.sampling[slot] = sequence.sampling.row()
+            self.logit_biases[slot] = sequence.logit_bias
             self.top_n[slot] = sequence.top_n_tokens
             self.wants_prompt_logprobs[slot] = sequence.prompt_logprobs
             self.added_at[slot] = step_id
@@ -140,6 +143,8 @@ class Slots:
             return f"num_cached_tokens is {sequence.num_cached_tokens}, with {len(known)} tokens in all"
         if sequence.prompt_logprobs and sequence.num_cached_tokens:
             return f"prompt_logprobs, but num_cached_tokens is {sequence.num_cached_tokens}"
+        if sequence.logit_bias is not None and (problem := sequence.logit_bias.problem(self.vocab_size)):
+            return problem
         return sequence.sampling.problem()
 
     def _rows(self, plan: StepPlan, failed: dict[int, str]) -> Rows:
@@ -249,6 +254,11 @@ class Slots:
 
     def history(self, slots: np.ndarray) -> History:
         return History(self.token_ids, slots, self.num_known[slots], self.prompt_lens[slots])
+
+    def biases(self, slots: np.ndarray) -> list[LogitBias | None] | None:
+        """One for each of `slots`; None if none of them has one."""
+        biases = [self.logit_biases[slot] for slot in slots]
+        return biases if any(bias is not None for bias in biases) else None
 
     def computed(self, rows: Rows) -> None:
         """The forward pass of `rows` has been launched."""

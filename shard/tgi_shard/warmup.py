@@ -9,6 +9,8 @@ a long one would delay the start by many seconds to measure activations that are
 """
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,16 +71,17 @@ def warm_up(
     *,
     memory_fraction: float,
     cpu_kv_bytes: int | None = None,
+    on_step: Callable[[float], None] = lambda _: None,
 ) -> Engine:
     """An engine with as many KV blocks as the rank with the least memory holds. All ranks call it at once.
 
-    Raises NotEnoughMemory, on all ranks or on none.
+    `on_step` is told how many seconds each step took. Raises NotEnoughMemory, on all ranks or on none.
     """
     block_size = preferred_block_size(device)
     kv_shape = loaded.model.kv_shape
     longest = limits.max_total_tokens or loaded.max_position_embeddings
 
-    peak_bytes = _run_largest_step(loaded, sampler, group, device, block_size, limits)
+    peak_bytes = _run_largest_step(loaded, sampler, group, device, block_size, limits, on_step)
     if device.type == "cuda":
         slot_bytes = limits.max_sequences * longest * 4  # their token ids
         kv_bytes = _free_cuda_bytes(device, memory_fraction) - peak_bytes - slot_bytes
@@ -124,6 +127,7 @@ def _run_largest_step(
     device: torch.device,
     block_size: int,
     limits: Limits,
+    on_step: Callable[[float], None],
 ) -> int:
     """Run a step of max_step_tokens in as many sequences as may be, then a decode of each.
 
@@ -173,7 +177,9 @@ def _run_largest_step(
     )
     before = _reset_cuda_peak(device)
     for plan in (prefill, decode):
+        began_at = time.monotonic()
         result = engine.finish(engine.step(plan))
+        on_step(time.monotonic() - began_at)
         if result.failed:
             raise RuntimeError(f"the model fails at warm-up: {result.failed[0].message}")
     return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0

@@ -3,7 +3,8 @@
 import numpy as np
 
 from tgi_proto import generate_pb2 as pb
-from tgi_shard.plan import AddSequence, StepPlan, StepResult
+from tgi_shard.plan import AddSequence, Masks, StepPlan, StepResult
+from tgi_shard.sampling.bias import LogitBias
 from tgi_shard.sampling.parameters import SamplingParameters
 
 
@@ -21,6 +22,7 @@ def step_plan(message: pb.StepPlan) -> StepPlan:
         run_num_tokens=np.array(message.run_num_tokens, np.int64),
         run_num_new_blocks=np.array(message.run_num_new_blocks, np.int64),
         new_block_ids=np.array(message.new_block_ids, np.int64),
+        await_masks=message.await_masks,
     )
     num_rows = len(plan.run_sequence_ids)
     if len(plan.run_num_tokens) != num_rows or len(plan.run_num_new_blocks) != num_rows:
@@ -36,6 +38,18 @@ def step_plan(message: pb.StepPlan) -> StepPlan:
     return plan
 
 
+def masks(message: pb.Masks, vocab_size: int) -> Masks:
+    """Raises MalformedPlan."""
+    num_rows, row_bytes = len(message.sequence_ids), -(-vocab_size // 32) * 4
+    if len(message.bits) != num_rows * row_bytes:
+        raise MalformedPlan(
+            f"masks of step {message.step_id}: {len(message.bits)} bytes of bits "
+            f"for {num_rows} sequence_ids, {row_bytes} bytes each"
+        )
+    bits = np.frombuffer(message.bits, np.uint8).reshape(num_rows, row_bytes)
+    return Masks(message.step_id, list(message.sequence_ids), bits)
+
+
 def _add_sequence(message: pb.AddSequence) -> AddSequence:
     return AddSequence(
         sequence_id=message.sequence_id,
@@ -45,6 +59,18 @@ def _add_sequence(message: pb.AddSequence) -> AddSequence:
         sampling=_sampling(message.sampling),
         top_n_tokens=message.top_n_tokens,
         prompt_logprobs=message.prompt_logprobs,
+        logit_bias=_logit_bias(message.sampling),
+    )
+
+
+def _logit_bias(message: pb.SamplingParameters) -> LogitBias | None:
+    num_token_ids, num_values = len(message.logit_bias_token_ids), len(message.logit_bias_values)
+    if num_token_ids != num_values:
+        raise MalformedPlan(f"{num_token_ids} logit_bias_token_ids, {num_values} logit_bias_values")
+    if not num_token_ids:
+        return None
+    return LogitBias(
+        np.array(message.logit_bias_token_ids, np.int64), np.array(message.logit_bias_values, np.float32)
     )
 
 
@@ -62,6 +88,7 @@ def _sampling(message: pb.SamplingParameters) -> SamplingParameters:
         watermark=message.watermark,
         seed=message.seed,
         choice=message.choice,
+        min_p=message.min_p,
     )
 
 

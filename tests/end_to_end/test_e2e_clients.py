@@ -46,6 +46,12 @@ def test_text_generation_chat(demo_server: Server) -> None:
     assert "Paris" in answer.choices[0].message.content
 
 
+def test_text_generation_chat_raises_its_own_validation_error(demo_server: Server) -> None:
+    client = text_generation.Client(demo_server.url, timeout=60)
+    with pytest.raises(text_generation.errors.ValidationError, match="`max_new_tokens` must be strictly"):
+        client.chat(messages=[{"role": "user", "content": PROMPT}], max_tokens=0)
+
+
 def test_openai_chat_streams_what_it_answers(openai_client: openai.OpenAI) -> None:
     question = {"model": "tgi", "messages": [{"role": "user", "content": PROMPT}], "temperature": 0}
     answer = openai_client.chat.completions.create(**question, max_tokens=20)  # type: ignore[call-overload]
@@ -77,7 +83,14 @@ def test_openai_completions(openai_client: openai.OpenAI) -> None:
 def test_openai_error_is_readable(openai_client: openai.OpenAI) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as error:
         openai_client.completions.create(model="tgi", prompt=PROMPT, max_tokens=0)
-    assert error.value.body == "Input validation error: `max_new_tokens` must be strictly positive"
+    message = "Input validation error: `max_new_tokens` must be strictly positive"
+    assert message in str(error.value)
+    assert error.value.body == {
+        "message": message,
+        "type": "invalid_request_error",
+        "param": None,
+        "code": None,
+    }
 
 
 def test_openai_lists_the_model(openai_client: openai.OpenAI) -> None:

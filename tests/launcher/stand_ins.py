@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 COMMON = """
-import json, os, signal, socket, subprocess, sys, time
+import json, os, signal, socket, subprocess, sys, threading, time
 folder = os.environ["STAND_IN_DIR"]
 with open(os.path.join(folder, "behaviour.json")) as file:
     behaviour = json.load(file)
@@ -77,9 +77,25 @@ if size := behaviour.get("long_line"):
         os.write(1, line[start : start + 10007].encode())
         time.sleep(0.002)
 path = sys.argv[sys.argv.index("--uds-path") + 1] + f"-{rank}"
-listener = socket.socket(socket.AF_UNIX)
-listener.bind(path)
-listener.listen()
+if behaviour.get("health") is not None:
+    sys.path[:0] = behaviour["python_path"]
+    import grpc
+    from concurrent.futures import ThreadPoolExecutor
+    from tgi_proto import generate_pb2, generate_pb2_grpc
+
+    class Service(generate_pb2_grpc.TextGenerationServicer):
+        def Health(self, request, context):
+            with open(os.path.join(folder, "behaviour.json")) as file:
+                return generate_pb2.HealthResponse(**json.load(file)["health"])
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    generate_pb2_grpc.add_TextGenerationServicer_to_server(Service(), server)
+    server.add_insecure_port("unix:" + path)
+    server.start()
+else:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
 if (crash_s := behaviour.get("shards_crash_after_s")) is not None:
     time.sleep(crash_s)
     print("CUDA error: out of patience", file=sys.stderr)
@@ -102,6 +118,16 @@ listener = socket.socket()
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 listener.bind(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])))
 listener.listen(64)
+
+def answer():
+    while True:
+        connection, _ = listener.accept()
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 503 Service Unavailable\\r\\ncontent-length: 0\\r\\n\\r\\n")
+        connection.close()
+
+if behaviour.get("router_answers"):
+    threading.Thread(target=answer, daemon=True).start()
 wait_for_sigterm(behaviour.get("router_ignores_sigterm"))
 time.sleep(behaviour.get("drain_s", 0.1))
 note("router-ended")

@@ -72,6 +72,7 @@ DEFAULT_ROUTER = {
     "--max-client-batch-size": "4",
     "--usage-stats": "on",
     "--payload-limit": "2000000",
+    "--stall-timeout": "60",
 }
 DEFAULT_SHARD_ENVIRON = {
     "RANK": "0",
@@ -131,6 +132,7 @@ def test_everything_that_can_be_passed_on_is_passed_on(tmp_path: Path) -> None:
         *("--watermark-delta", "1.5", "--tokenizer-config-path", str(config), "--disable-grammar-support"),
         *("--max-client-batch-size", "13", "--usage-stats", "off", "--payload-limit", "14"),
         *("--enable-prefill-logprobs", "-g", "15", "--max-restarts", "16", "--speculate", "0"),
+        *("--stall-timeout", "17"),
     )
     download = download_command(made)
     assert download.argv == (
@@ -180,7 +182,7 @@ def test_everything_that_can_be_passed_on_is_passed_on(tmp_path: Path) -> None:
             *("--otlp-service-name", "me", "--cors-allow-origin", "https://a"),
             *("--cors-allow-origin", "https://b", "--tokenizer-config-path", str(config)),
             *("--disable-grammar-support", "--max-client-batch-size", "13", "--usage-stats", "off"),
-            *("--payload-limit", "14", "--enable-prefill-logprobs"),
+            *("--payload-limit", "14", "--enable-prefill-logprobs", "--stall-timeout", "17"),
         ],
         {"API_KEY": "secret"},
     )
@@ -328,7 +330,6 @@ def test_sharding_over_an_unknown_number_of_devices() -> None:
         "--speculate 3",
         "--kv-cache-dtype fp8_e5m2",
         "--lora-adapters org/adapter",
-        "--otlp-endpoint http://collector",
         "--cuda-graphs 1,2",
         "--ngrok-edge e",
         "--rope-scaling dynamic",

@@ -167,19 +167,19 @@ def test_errors_name_their_kind_and_place() -> None:
 
 
 def test_where_the_template_comes_from(tmp_path: Path) -> None:
-    find = chat_template.find_source
+    find = chat_template.find_sources
     assert find(tmp_path) is None
     (tmp_path / "processor_config.json").write_text(json.dumps({"chat_template": "processor"}))
-    assert find(tmp_path) == "processor"
+    assert find(tmp_path) == {"default": "processor"}
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert find(tmp_path) == "default"
+    assert find(tmp_path) == {"tool_use": "tools", "default": "default"}
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
-    assert find(tmp_path) == "json"
+    assert find(tmp_path) == {"default": "json"}
     (tmp_path / "chat_template.jinja").write_text("jinja")
-    assert find(tmp_path) == "jinja"
+    assert find(tmp_path) == {"default": "jinja"}
     (tmp_path / "mine.json").write_text(json.dumps({"chat_template": "mine"}))
-    assert find(tmp_path, tmp_path / "mine.json") == "mine"
+    assert find(tmp_path, tmp_path / "mine.json") == {"default": "mine"}
 
 
 def test_a_broken_template_leaves_the_server_without_one(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class Walk:
         plan = self.scheduler.plan()
         if plan is None:
             return False
-        self.in_flight.append((plan, pb.StepPlan.FromString(encode_plan(plan))))
+        self.in_flight.append((plan, pb.RunRequest.FromString(encode_plan(plan)).plan))
         return True
 
     def receive(self) -> None:

@@ -83,7 +83,6 @@ def _environment(**environment: str) -> dict[str, str]:
         ("--quantize", "gptq"),
         ("--speculate", "2"),
         ("--kv-cache-dtype", "fp8_e5m2"),
-        ("--otlp-endpoint", "http://127.0.0.1:4317"),
     ],
 )
 def test_options_whose_feature_is_to_come_end_the_command(checkpoint: Path, option: str, value: str) -> None:

@@ -7,6 +7,7 @@ import transformers
 from torch import Tensor
 
 from tgi_shard.sampling import filters, penalties, random
+from tgi_shard.sampling.bias import LogitBias
 from tgi_shard.sampling.history import History
 from tgi_shard.sampling.logprobs import TopTokens, token_logprobs
 from tgi_shard.sampling.parameters import COLUMNS, SamplingParameters
@@ -33,11 +34,12 @@ def sample(
     parameters: SamplingParameters | list[SamplingParameters],
     history: History | None = None,
     top_n: int = 0,
+    biases: list[LogitBias | None] | None = None,
 ) -> Sampled:
     each = parameters if isinstance(parameters, list) else [parameters] * len(scores)
     columns = np.array([one.row() for one in each], dtype=COLUMNS)
     history = history or history_of([[0]] * len(scores))
-    return Sampler()(scores.clone(), columns, history, np.full(len(scores), top_n))
+    return Sampler()(scores.clone(), columns, history, np.full(len(scores), top_n), biases)
 
 
 def processed(scores: Tensor, parameters: SamplingParameters, history: History | None = None) -> list[float]:
@@ -114,6 +116,8 @@ def test_processors_agree_with_transformers(seed: int) -> None:
         (SamplingParameters(top_k=VOCAB_SIZE + 5), transformers.TopKLogitsWarper(VOCAB_SIZE + 5)),
         (SamplingParameters(top_p=0.9), transformers.TopPLogitsWarper(0.9)),
         (SamplingParameters(top_p=0.05), transformers.TopPLogitsWarper(0.05)),
+        (SamplingParameters(min_p=0.1), transformers.MinPLogitsWarper(0.1)),
+        (SamplingParameters(min_p=1.0), transformers.MinPLogitsWarper(1.0)),
         (SamplingParameters(typical_p=0.9), transformers.TypicalLogitsWarper(0.9)),
         (SamplingParameters(typical_p=0.2), transformers.TypicalLogitsWarper(0.2)),
     ]
@@ -137,6 +141,7 @@ def test_the_order_is_that_of_tgi() -> None:
         transformers.TemperatureLogitsWarper(0.6),
         transformers.TopKLogitsWarper(300),
         transformers.TopPLogitsWarper(0.95),
+        transformers.MinPLogitsWarper(0.02),
         transformers.TypicalLogitsWarper(0.9),
     ):
         expected = warper(torch.tensor([row]), expected)
@@ -148,14 +153,45 @@ def test_the_order_is_that_of_tgi() -> None:
         top_k=300,
         top_p=0.95,
         typical_p=0.9,
+        min_p=0.02,
     )
     ours = torch.tensor(processed(scores, parameters, history_of([row])))
     torch.testing.assert_close(ours, expected.log_softmax(-1)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_logit_bias_is_added_before_anything_else() -> None:
+    scores = torch.randn(3, VOCAB_SIZE, generator=torch.Generator().manual_seed(4))
+    bias = LogitBias(np.array([7, 900, 1236]), np.array([3.0, -100.0, 0.5], np.float32))
+    other = LogitBias(np.array([7]), np.array([100.0], np.float32))
+    parameters = SamplingParameters(temperature=0.7, top_k=40, repetition_penalty=1.4)
+    biased = scores.clone()
+    biased[0, [7, 900, 1236]] += torch.tensor([3.0, -100.0, 0.5])
+    biased[2, 7] += 100
+    for each in (parameters, SamplingParameters(), [parameters, SamplingParameters(), parameters]):
+        expected = sample(biased, each, top_n=5)
+        got = sample(scores, each, top_n=5, biases=[bias, None, other])
+        assert got.token_ids.equal(expected.token_ids)
+        assert got.logprobs.equal(expected.logprobs)
+        assert got.top_tokens is not None
+        assert expected.top_tokens is not None
+        assert got.top_tokens.lists() == expected.top_tokens.lists()
+    assert got.token_ids[2] == 7
+
+
+def test_an_impossible_logit_bias_is_told() -> None:
+    fine = LogitBias(np.array([5]), np.array([1.0], np.float32))
+    assert fine.problem(vocab_size=6) is None
+    assert "token id 5" in (fine.problem(vocab_size=5) or "")
+    assert "finite" in (LogitBias(np.array([5]), np.array([np.nan], np.float32)).problem(6) or "")
+
+
 def test_filters_never_drop_the_best_token() -> None:
     scores = torch.randn(4, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    for parameters in (SamplingParameters(top_k=1), SamplingParameters(top_p=1e-6)):
+    for parameters in (
+        SamplingParameters(top_k=1),
+        SamplingParameters(top_p=1e-6),
+        SamplingParameters(min_p=1.0),
+    ):
         best = sample(scores, parameters)
         assert best.token_ids.tolist() == scores.argmax(-1).tolist()
         assert best.logprobs.tolist() == [0.0] * 4

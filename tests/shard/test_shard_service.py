@@ -29,7 +29,7 @@ class RunStream:
 
     def __init__(self, shards: list[ShardProcess]) -> None:
         self._channels = [shard.channel() for shard in shards]
-        self._plans: list[queue.SimpleQueue[pb.StepPlan | None]] = [queue.SimpleQueue() for _ in shards]
+        self._plans: list[queue.SimpleQueue[pb.RunRequest | None]] = [queue.SimpleQueue() for _ in shards]
         self.calls = [
             pb_grpc.TextGenerationStub(channel).Run(iter(plans.get, None))
             for channel, plans in zip(self._channels, self._plans, strict=True)
@@ -37,7 +37,11 @@ class RunStream:
 
     def send(self, plan: pb.StepPlan) -> None:
         for plans in self._plans:
-            plans.put(plan)
+            plans.put(pb.RunRequest(plan=plan))
+
+    def send_masks(self, masks: pb.Masks) -> None:
+        for plans in self._plans:
+            plans.put(pb.RunRequest(masks=masks))
 
     def receive(self) -> pb.StepResult:
         result, *others = [next(call) for call in self.calls]

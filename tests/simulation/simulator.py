@@ -125,7 +125,7 @@ class SimulatedStream:
     async def _work(self) -> None:
         group, rng = self._group, self._group.rng
         while True:
-            plan = pb.StepPlan.FromString(await self._plans.get())
+            plan = pb.RunRequest.FromString(await self._plans.get()).plan
             await asyncio.sleep(30.0 if rng.random() < group.faults.stall else rng.uniform(0.001, 0.05))
             if rng.random() < group.faults.crash:
                 group.num_crashes += 1
@@ -176,6 +176,9 @@ class NoValidator:
         pass
 
     def check_best_of(self, asked: Asked) -> None:
+        pass
+
+    def check_choices(self, asked: Asked) -> None:
         pass
 
     async def validate(self, asked: Asked) -> list[Request]:

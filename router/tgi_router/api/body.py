@@ -35,11 +35,11 @@ class BodyReader(Generic[T]):
         ]
 
     async def read(self, request: Request) -> T:
+        return self.decode(await self.read_bytes(request))
+
+    async def read_bytes(self, request: Request) -> bytes:
         if not _JSON_TYPE.match(request.headers.get("content-type", "").strip()):
             raise BodyError(415, "Expected request with `Content-Type: application/json`")
-        return self.decode(await self._read_bytes(request))
-
-    async def _read_bytes(self, request: Request) -> bytes:
         chunks = []
         num_bytes = 0
         try:

@@ -1,10 +1,13 @@
-"""What every request passes on its way in: CORS, then the API key. Plain ASGI: nothing is buffered."""
+"""What every request passes on its way in: CORS, its id, the API key. Plain ASGI: nothing is buffered."""
 
 import hmac
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tgi_router import request_id
 
 VARY = "origin, access-control-request-method, access-control-request-headers"
 
@@ -49,10 +52,39 @@ class CORS:
         await self._app(scope, receive, send_with_headers)
 
 
+class RequestIds:
+    """Every POST gets an id, the client's own if it sent a usable one, and is answered with it.
+
+    silent_paths: their answers tell no id, there is nothing to cancel.
+    """
+
+    def __init__(self, app: ASGIApp, silent_paths: Collection[str]) -> None:
+        self._app = app
+        self._silent_paths = frozenset(silent_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        own_id = request_id.given(Headers(scope=scope).get("x-request-id")) or request_id.new()
+        request_id.enter(own_id)
+        if scope["path"] in self._silent_paths:
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", own_id.encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
 class APIKey:
     """401 with an empty body for protected (method, path) pairs without `Authorization: Bearer <key>`.
 
     protected_paths: any method on these needs the key, but for the methods in `open_methods` of that path.
+    They may have parameters, as in routes.
     """
 
     def __init__(
@@ -60,11 +92,12 @@ class APIKey:
         app: ASGIApp,
         api_key: str,
         protected_paths: Collection[str],
-        open_methods: dict[str, Collection[str]],
+        open_methods: Mapping[str, Collection[str]],
     ) -> None:
         self._app = app
         self._api_key = api_key.encode()
         self._protected_paths = frozenset(protected_paths)
+        self._protected_patterns = [compile_path(path)[0] for path in protected_paths if "{" in path]
         self._open_methods = open_methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +109,9 @@ class APIKey:
 
     def _is_protected(self, scope: Scope) -> bool:
         path = scope["path"]
-        return path in self._protected_paths and scope["method"] not in self._open_methods.get(path, ())
+        if path in self._protected_paths:
+            return scope["method"] not in self._open_methods.get(path, ())
+        return any(pattern.match(path) for pattern in self._protected_patterns)
 
     def _has_key(self, scope: Scope) -> bool:
         for name, value in scope["headers"]:

@@ -1,4 +1,4 @@
-"""TGI's own routes: POST /generate, /generate_stream, /tokenize and /."""
+"""TGI's own routes: POST /generate, /generate_stream, /, /tokenize and /chat_tokenize."""
 
 from collections.abc import AsyncIterator
 
@@ -7,12 +7,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tgi_router.api.body import BodyReader
+from tgi_router.api.grammar import asked_grammar
+from tgi_router.api.openai_chat import ChatRoutes
 from tgi_router.api.replies import JSONReply, compute_headers, encode_json, record_failure
 from tgi_router.api.sse import ClientWatch, EventStream, frame
 from tgi_router.errors import RequestError, ValidationError
 from tgi_router.generation import Answer, GeneratedToken, Generation, Mailbox, Run
 from tgi_router.schemas.native import (
     BestOfSequence,
+    ChatTokenizeReply,
     Details,
     ErrorReply,
     GenerateBody,
@@ -23,18 +26,27 @@ from tgi_router.schemas.native import (
     TokenizedToken,
 )
 from tgi_router.schemas.numbers import shortest_float32
+from tgi_router.schemas.openai_chat import ChatBody
 from tgi_router.text.tokenizer import Tokenizer
 from tgi_router.validation import Draft
 
 
 class NativeRoutes:
     def __init__(
-        self, generation: Generation, tokenizer: Tokenizer, *, compute_type: str, payload_limit: int
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        chat: ChatRoutes,
+        *,
+        compute_type: str,
+        payload_limit: int,
     ) -> None:
         self._generation = generation
         self._tokenizer = tokenizer
         self._compute_type = compute_type
         self._body = BodyReader(GenerateBody, payload_limit)
+        self._chat = chat  # who knows how a chat becomes a prompt
+        self._chat_body = BodyReader(ChatBody, payload_limit)
 
     async def generate(self, request: Request) -> Response:
         started_ns = self._begin()
@@ -65,17 +77,14 @@ class NativeRoutes:
         body = await self._body.read(request)
         if not body.inputs:
             raise ValidationError("`inputs` cannot be empty")
-        try:
-            encoded = await self._tokenizer.encode(body.inputs, add_special_tokens=True)
-        except Exception as error:  # the tokenizer library raises bare Exception
-            raise ValidationError(f"tokenizer error {error}") from error
-        byte_at = byte_offsets(body.inputs)
-        return JSONReply(
-            [
-                TokenizedToken(token_id, body.inputs[start:stop], byte_at[start], byte_at[stop])
-                for token_id, (start, stop) in zip(encoded.token_ids, encoded.offsets, strict=True)
-            ]
-        )
+        return JSONReply(await tokenized(self._tokenizer, body.inputs, add_special_tokens=True))
+
+    async def chat_tokenize(self, request: Request) -> Response:
+        self._generation.metrics.tgi_request_count.inc()
+        body = await self._chat_body.read(request)
+        prompt = (await self._chat.prepare(body)).prompt
+        tokens = await tokenized(self._tokenizer, prompt, add_special_tokens=False)
+        return JSONReply(ChatTokenizeReply(tokens, prompt))
 
     def _begin(self) -> int:
         self._generation.check_open()
@@ -265,8 +274,21 @@ def draft_of(body: GenerateBody) -> Draft:
         prompt_logprobs=parameters.decoder_input_details,
         seed=parameters.seed,
         top_n_tokens=parameters.top_n_tokens,
-        has_grammar=parameters.grammar is not None,
+        grammar=asked_grammar(parameters.grammar),
     )
+
+
+async def tokenized(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[TokenizedToken]:
+    """Raises ValidationError."""
+    try:
+        encoded = await tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except Exception as error:  # the tokenizer library raises bare Exception
+        raise ValidationError(f"tokenizer error {error}") from error
+    byte_at = byte_offsets(text)
+    return [
+        TokenizedToken(token_id, text[start:stop], byte_at[start], byte_at[stop])
+        for token_id, (start, stop) in zip(encoded.token_ids, encoded.offsets, strict=True)
+    ]
 
 
 def byte_offsets(text: str) -> list[int] | range:

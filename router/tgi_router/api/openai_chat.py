@@ -1,32 +1,35 @@
-"""POST /v1/chat/completions: messages through the model's chat template, one choice."""
+"""POST /v1/chat/completions: messages through the model's chat template, `n` choices."""
 
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tgi_router.api.body import BodyReader
+from tgi_router.api.grammar import asked_grammar
 from tgi_router.api.openai import (
     Served,
     error_frame,
-    finish_reason_of,
-    refuse,
+    logit_bias_of,
     stop_strings,
+    top_k_of,
     top_p_of,
     usage_of,
 )
+from tgi_router.api.openai_logprobs import chat_logprob
+from tgi_router.api.openai_messages import EMPTY_DELTA, MessageStream, whole_message
 from tgi_router.api.replies import JSONReply, compute_headers, encode_json, record_failure
 from tgi_router.api.sse import DONE, ClientWatch, EventStream
-from tgi_router.errors import TemplateError, ToolError, ValidationError
-from tgi_router.generation import Answer, GeneratedToken, Generation, Mailbox, Run
-from tgi_router.schemas.numbers import shortest_float32
-from tgi_router.schemas.openai import asks_for_grammar
+from tgi_router.errors import TemplateError, ToolError
+from tgi_router.generation import Answer, Generation, Mailbox, Run
+from tgi_router.grammar.source import AskedGrammar
 from tgi_router.schemas.openai_chat import (
     ChatBody,
     ChatChoice,
@@ -34,20 +37,36 @@ from tgi_router.schemas.openai_chat import (
     ChatLogprobs,
     ImagePart,
     Message,
-    ReplyMessage,
-    TokenLogprob,
+    NamedToolChoice,
     ToolCall,
-    TopLogprob,
 )
+from tgi_router.text import reasoning
 from tgi_router.text.chat_template import ChatTemplate
+from tgi_router.text.message import Parser, PlainText
+from tgi_router.text.reasoning import ReasoningFormat, ReasoningParser, begins_in_thought
 from tgi_router.text.tokenizer import Tokenizer
+from tgi_router.text.tool_parsers import registry
+from tgi_router.text.tool_parsers.registry import ToolCallFormat
+from tgi_router.text.tools import Offer, Tool, is_too_deep
 from tgi_router.validation import Draft
 
 ROUTE = "/v1/chat/completions"
 
 
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """One body, ready to be generated and read."""
+
+    prompt: str
+    draft: Draft
+    new_parser: Callable[[], Parser]  # for each of the answers
+
+
 class ChatRoutes:
-    """chat_template: None if the model has none; then every request is refused."""
+    """chat_template: None if the model has none; then every request is refused.
+
+    tool_call_parser, reasoning_parser: as in Settings.
+    """
 
     def __init__(
         self,
@@ -56,11 +75,16 @@ class ChatRoutes:
         chat_template: ChatTemplate | None,
         served: Served,
         *,
+        tool_call_parser: ToolCallFormat | None,
+        reasoning_parser: ReasoningFormat | Literal["auto"] | None,
         payload_limit: int,
     ) -> None:
         self._generation = generation
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        source = chat_template.source if chat_template is not None else ""
+        self._tool_call_format = tool_call_parser or registry.detect(source)
+        self._reasoning_format = reasoning.detect(source) if reasoning_parser == "auto" else reasoning_parser
         self._served = served
         self._body = BodyReader(ChatBody, payload_limit)
 
@@ -69,61 +93,107 @@ class ChatRoutes:
         self._generation.metrics.tgi_request_count.inc()
         started_ns = self._generation.clock_ns()
         body = await self._body.read(request)
-        check(body)
-        if self._chat_template is None:
-            raise TemplateError("template not found")
-        prompt = self._chat_template.render(template_messages(body.messages, self._chat_template))
+        chat = await self.prepare(body)
         mailbox = Mailbox()
         watch = ClientWatch(request.receive, mailbox)
         run: Run | None = None
         is_streaming = False
         try:
             run = await self._generation.begin(
-                draft_of(body, prompt), mailbox, streams=bool(body.stream), started_ns=started_ns, route=ROUTE
+                chat.draft, mailbox, streams=bool(body.stream), started_ns=started_ns, route=ROUTE
             )
             if body.stream:
                 is_streaming = True
                 headers = {
                     "x-compute-type": self._served.compute_type,
-                    "x-compute-characters": str(len(prompt)),
+                    "x-compute-characters": str(len(chat.prompt)),
                 }
-                return EventStream(self._frames(body, run, mailbox), mailbox, run.close, headers)
-            await self._generation.finish([run], mailbox)
+                return EventStream(self._frames(body, chat, run, mailbox), mailbox, run.close, headers)
+            await self._generation.finish([run], mailbox, keeps_cancelled=True)
             return JSONReply(
-                self._reply(body, run.answers[0]),
-                headers=compute_headers([run], self._served.compute_type, len(prompt)),
+                self._reply(body, chat, run),
+                headers=compute_headers([run], self._served.compute_type, len(chat.prompt)),
             )
         finally:
             watch.stop()
             if run is not None and not is_streaming:
                 run.close()
 
+    async def prepare(self, body: ChatBody) -> Chat:
+        """Raises ValidationError, ToolError or TemplateError."""
+        check(body)
+        offer = offer_of(body)
+        grammar = asked_grammar(body.response_format)
+        if offer is not None and offer.is_forced:
+            grammar = AskedGrammar("json", offer.schema(self._tool_call_format))
+        prompt = await self._prompt(body, offer)
+        new_parser = self._new_parser(offer, prompt, has_grammar=grammar is not None)
+        draft = draft_of(body, prompt, grammar, new_parser().shown_special)
+        return Chat(prompt, draft, new_parser)
+
+    async def _prompt(self, body: ChatBody, offer: Offer | None) -> str:
+        template = self._chat_template
+        if template is None:
+            raise TemplateError("template not found")
+
+        async def render(*, arguments_as_text: bool = False) -> str:
+            messages = template_messages(body.messages, template, arguments_as_text=arguments_as_text)
+            if offer is not None:
+                messages = offer.with_prompt(
+                    messages, body.tool_prompt, template_reads_tools=template.reads_tools
+                )
+            return await template.prompt(
+                messages,
+                tools=None if offer is None else offer.for_template(),
+                documents=body.documents,
+                name=body.chat_template,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                variables=body.chat_template_kwargs,
+            )
+
+        try:
+            return await render()
+        except TemplateError:
+            if not any(message.tool_calls for message in body.messages):
+                raise
+            # Most templates want the arguments of calls as objects, some only take their text.
+            with suppress(TemplateError):
+                return await render(arguments_as_text=True)
+            raise
+
+    def _new_parser(self, offer: Offer | None, prompt: str, *, has_grammar: bool) -> Callable[[], Parser]:
+        def answer() -> Parser:
+            return PlainText() if offer is None else offer.parser(self._tool_call_format)
+
+        format = self._reasoning_format
+        if format is None or has_grammar:  # which leaves no room for thoughts
+            return answer
+        is_open = begins_in_thought(format, prompt)
+        return lambda: ReasoningParser(answer(), is_open=is_open)
+
     def _model_name(self, body: ChatBody) -> str:
         return self._served.model_name if body.model in (None, "tgi") else str(body.model)
 
-    def _reply(self, body: ChatBody, answer: Answer) -> ChatCompletion:
-        logprobs = None
-        if body.logprobs:
-            logprobs = ChatLogprobs([self._logprob(token) for token in answer.tokens])
+    def _reply(self, body: ChatBody, chat: Chat, run: Run) -> ChatCompletion:
         return ChatCompletion(
             object="chat.completion",
             id=new_id(),
             created=int(time.time()),
             model=self._model_name(body),
             system_fingerprint=self._served.system_fingerprint,
-            choices=[
-                ChatChoice(
-                    0,
-                    ReplyMessage("assistant", answer.generated_text()),
-                    logprobs,
-                    finish_reason_of(answer),
-                )
-            ],
-            usage=usage_of([answer]),
+            choices=[self._choice(body, chat, index, answer) for index, answer in enumerate(run.answers)],
+            usage=usage_of([run]),
         )
 
-    async def _frames(self, body: ChatBody, run: Run, mailbox: Mailbox) -> AsyncIterator[bytes]:
-        answer = run.answers[0]
+    def _choice(self, body: ChatBody, chat: Chat, index: int, answer: Answer) -> ChatChoice:
+        logprobs = None
+        if body.logprobs:
+            logprobs = ChatLogprobs([chat_logprob(self._tokenizer, answer, token) for token in answer.tokens])
+        message, finish_reason = whole_message(chat.new_parser(), answer)
+        return ChatChoice(index, message, logprobs, finish_reason)
+
+    async def _frames(self, body: ChatBody, chat: Chat, run: Run, mailbox: Mailbox) -> AsyncIterator[bytes]:
         head = (
             b'data: {"object":"chat.completion.chunk","id":%b,"created":%d,"model":%b,"system_fingerprint":%b'
         ) % (
@@ -132,67 +202,101 @@ class ChatRoutes:
             encode_json(self._model_name(body)),
             encode_json(self._served.system_fingerprint),
         )
-        delta_head = head + b',"choices":[{"index":0,"delta":{"role":"assistant","content":'
-        while not answer.is_over or mailbox.has_news:
-            news = await mailbox.take()
-            chunks = []
-            for _, token in news:
-                if token is not None:
-                    reason = finish_reason_of(answer) if answer.ends_with(token) else None
-                    logprobs = ChatLogprobs([self._logprob(token)]) if body.logprobs else None
-                    chunks.append(
-                        b'%b%b},"logprobs":%b,"finish_reason":%b}],"usage":null}\n\n'
-                        % (delta_head, encode_json(token.shown), encode_json(logprobs), encode_json(reason))
-                    )
-            if chunks or not news:
-                yield b"".join(chunks)
-        if answer.error is not None:
-            record_failure(self._generation.metrics, answer.error, ROUTE)
-            yield error_frame(answer.error)
-        elif body.include_usage:
-            yield b'%b,"choices":[],"usage":%b}\n\n' % (head, encode_json(usage_of([answer])))
-        yield DONE
+        choice_heads = {
+            answer: b'%b,"choices":[{"index":%d,"delta":' % (head, index)
+            for index, answer in enumerate(run.answers)
+        }
+        streams = {answer: MessageStream(chat.new_parser()) for answer in run.answers}
 
-    def _logprob(self, token: GeneratedToken) -> TokenLogprob:
-        return TokenLogprob(
-            token.text,
-            shortest_float32(token.logprob),
-            [
-                TopLogprob(self._tokenizer.decode_one(token_id), shortest_float32(logprob))
-                for token_id, logprob in token.top_tokens
-            ],
-        )
+        def chunks(answer: Answer, text: str, logprobs: ChatLogprobs | None, *, is_last: bool) -> list[bytes]:
+            """What one token adds: the logprobs go with its first delta, the finish reason with its last."""
+            stream = streams[answer]
+            deltas = stream.push(text, is_last=is_last)
+            if not deltas and (is_last or stream.tells_every_token or logprobs is not None):
+                deltas = [EMPTY_DELTA]
+            reason = stream.finish_reason(answer) if is_last else None
+            return [
+                b'%b%b,"logprobs":%b,"finish_reason":%b}],"usage":null}\n\n'
+                % (
+                    choice_heads[answer],
+                    delta,
+                    encode_json(logprobs if number == 0 else None),
+                    encode_json(reason if number == len(deltas) - 1 else None),
+                )
+                for number, delta in enumerate(deltas)
+            ]
+
+        while not run.is_over or mailbox.has_news:
+            news = await mailbox.take()
+            frames = []
+            for answer, token in news:
+                if token is not None:
+                    logprobs = None
+                    if body.logprobs:
+                        logprobs = ChatLogprobs([chat_logprob(self._tokenizer, answer, token)])
+                    frames += chunks(answer, token.shown, logprobs, is_last=answer.ends_with(token))
+                elif answer.is_cancelled:
+                    frames += chunks(answer, answer.rest, None, is_last=True)
+                else:
+                    assert answer.error is not None
+                    record_failure(self._generation.metrics, answer.error, ROUTE)
+                    frames.append(error_frame(answer.error))
+            if frames or not news:
+                yield b"".join(frames)
+        if body.include_usage and not run.has_failed:
+            yield b'%b,"choices":[],"usage":%b}\n\n' % (head, encode_json(usage_of([run])))
+        yield DONE
 
 
 def check(body: ChatBody) -> None:
     """Refuse what would need an answer that we cannot give. Raises ValidationError or ToolError."""
-    wants_grammar = asks_for_grammar(body.response_format)
-    if wants_grammar and body.tools is not None:
+    if asked_grammar(body.response_format) is not None and body.tools is not None:
         raise ToolError("Grammar and tools are mutually exclusive")
-    if wants_grammar:
-        raise ValidationError("grammar is not supported")
-    refuse(
-        tools=body.tools and body.tool_choice != "none",
-        n=(body.n or 1) > 1,
-        logit_bias=body.logit_bias,
+
+
+def offer_of(body: ChatBody) -> Offer | None:
+    """None: no tools. Raises ToolError."""
+    choice = body.tool_choice
+    if body.tools is None or choice == "none":
+        return None
+    tools = tuple(
+        Tool(tool.function.name, tool.function.description, tool.function.given_parameters)
+        for tool in body.tools
     )
+    for tool in tools:
+        if is_too_deep(tool.parameters):
+            raise ToolError(f"the parameters of {tool.name} are nested too deeply")
+    if isinstance(choice, NamedToolChoice) or choice not in (None, "auto", "required"):
+        name = choice.function.name if isinstance(choice, NamedToolChoice) else choice
+        named = tuple(tool for tool in tools if tool.name == name)[:1]
+        if not named:
+            raise ToolError(f"Tool with name {name} not found")
+        return Offer(named, is_forced=True, is_parallel=False)
+    if not tools:
+        return None
+    return Offer(tools, is_forced=choice == "required", is_parallel=body.parallel_tool_calls is not False)
 
 
-def template_messages(messages: Sequence[Message], template: ChatTemplate) -> list[dict[str, Any]]:
-    """What the template sees of them: content is always one string, other keys are there if the client set
-    them.
-    """
+def template_messages(
+    messages: Sequence[Message], template: ChatTemplate, *, arguments_as_text: bool = False
+) -> list[dict[str, Any]]:
+    """What the template sees of them: content is one string, other keys are there if the client set them."""
     seen: list[dict[str, Any]] = []
     for message in messages:
-        shown: dict[str, Any] = {"role": message.role, "content": content_text(message)}
+        shown: dict[str, Any] = {"role": message.role}
+        if message.content is not None:
+            shown["content"] = content_text(message)
+        if message.reasoning_content is not None:
+            shown["reasoning_content"] = message.reasoning_content
         if message.name is not None:
             shown["name"] = message.name
         if message.tool_call_id is not None:
             shown["tool_call_id"] = message.tool_call_id
         if message.tool_calls:
             if template.reads_tool_calls:
-                shown["tool_calls"] = [template_tool_call(call) for call in message.tool_calls]
-            elif not shown["content"]:
+                calls = message.tool_calls
+                shown["tool_calls"] = [template_tool_call(call, arguments_as_text) for call in calls]
+            elif not shown.get("content"):
                 shown["content"] = tool_calls_text(message.tool_calls)
         seen.append(shown)
     return seen
@@ -207,13 +311,16 @@ def content_text(message: Message) -> str:
     )
 
 
-def template_tool_call(call: ToolCall) -> dict[str, Any]:
+def template_tool_call(call: ToolCall, arguments_as_text: bool) -> dict[str, Any]:
     """As transformers hands it to templates: arguments are an object, even if the client sent its JSON
     text.
     """
     arguments = call.function.given_arguments
-    if isinstance(arguments, str):
-        with suppress(ValueError):  # some model wrote it: templates print whatever it is
+    if arguments_as_text:
+        arguments = arguments_text(arguments)
+    elif isinstance(arguments, str):
+        # Some model wrote it: templates print whatever it is.
+        with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
     return {
         "id": call.id,
@@ -248,7 +355,9 @@ def new_id() -> str:
     return f"chatcmpl-{uuid.uuid4().hex}"
 
 
-def draft_of(body: ChatBody, prompt: str) -> Draft:
+def draft_of(
+    body: ChatBody, prompt: str, grammar: AskedGrammar | None, shown_special: frozenset[str]
+) -> Draft:
     is_greedy = body.temperature == 0
     return Draft(
         inputs=prompt,
@@ -256,12 +365,22 @@ def draft_of(body: ChatBody, prompt: str) -> Draft:
         do_sample=not is_greedy,
         is_greedy=is_greedy,
         temperature=None if is_greedy else body.temperature,
+        num_choices=1 if body.n is None else body.n,
+        one_seed_for_all=True,
+        top_k=top_k_of(body.top_k),
         top_p=top_p_of(body.top_p),
+        min_p=body.min_p,
+        logit_bias=logit_bias_of(body.logit_bias),
+        repetition_penalty=body.repetition_penalty,
         output_frequency_penalty=body.frequency_penalty,
         output_presence_penalty=body.presence_penalty,
         max_new_tokens=body.max_tokens if body.max_tokens is not None else body.max_completion_tokens,
         stop=stop_strings(body.stop),
         trim_stop=True,
+        shown_special=shown_special,
+        ignore_eos=bool(body.ignore_eos),
         seed=body.seed,
         top_n_tokens=body.top_logprobs,
+        top_n_field="top_logprobs",
+        grammar=grammar,
     )

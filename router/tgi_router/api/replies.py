@@ -12,8 +12,12 @@ from tgi_router.errors import BodyError, ClientGone, RequestError
 from tgi_router.generation import Run
 from tgi_router.metrics import Metrics
 from tgi_router.schemas.native import ErrorReply
+from tgi_router.schemas.openai import ErrorDetail, OpenAIErrorReply
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+# The words of OpenAI's `error.type` for statuses of which the class alone does not tell.
+OPENAI_ERROR_TYPES = {424: "server_error", 429: "rate_limit_error"}
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +35,13 @@ def error_reply(error: RequestError) -> JSONReply:
     return JSONReply(ErrorReply(str(error), error.error_type), error.status)
 
 
+def openai_error_reply(status: int, message: str, error_type: str, **more: str) -> JSONReply:
+    """more: `param` and `code`, if there is anything to say."""
+    kind = OPENAI_ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    detail = ErrorDetail(message, kind, more.get("param"), more.get("code"))
+    return JSONReply(OpenAIErrorReply(detail, error_type), status)
+
+
 def record_failure(metrics: Metrics, error: RequestError, route: str) -> None:
     """Every failure that a client is told of passes here, whether as a status or as a frame of a stream."""
     if error.counted_as is not None:
@@ -41,8 +52,8 @@ def record_failure(metrics: Metrics, error: RequestError, route: str) -> None:
 def answering_errors(handler: Handler, metrics: Metrics, *, json_body_errors: bool) -> Handler:
     """The handler with every error as its reply.
 
-    json_body_errors: unreadable bodies are told in JSON (OpenAI's clients look for it), not as plain text
-    (TGI's way).
+    json_body_errors: errors have OpenAI's shape, those of unreadable bodies too; else TGI's, and unreadable
+    bodies are told in plain text.
     """
 
     async def answer(request: Request) -> Response:
@@ -50,11 +61,13 @@ def answering_errors(handler: Handler, metrics: Metrics, *, json_body_errors: bo
             return await handler(request)
         except RequestError as error:
             record_failure(metrics, error, request.url.path)
+            if json_body_errors:
+                return openai_error_reply(error.status, str(error), error.error_type)
             return error_reply(error)
         except BodyError as error:
             log.error(str(error), route=request.url.path)
             if json_body_errors:
-                return JSONReply(ErrorReply(str(error), "validation"), error.status)
+                return openai_error_reply(error.status, str(error), "validation")
             return PlainTextResponse(str(error), error.status)
         except ClientGone:
             return Response(status_code=499)  # nobody reads it
@@ -63,13 +76,12 @@ def answering_errors(handler: Handler, metrics: Metrics, *, json_body_errors: bo
 
 
 def compute_headers(runs: Sequence[Run], compute_type: str, num_characters: int) -> dict[str, str]:
-    """Of answers that are over: sums over the runs.
+    """Of answers that are over: sums over the runs; of each the answer that was given, or the last of those.
 
     But x-compute-time is what the client waited for all of them, and x-time-per-token is a mean.
     """
-    answers = [run.best for run in runs]
-    timings = [run.timings(answer) for run, answer in zip(runs, answers, strict=True)]
-    num_generated = sum(len(answer.token_ids) for answer in answers)
+    timings = [max(map(run.timings, run.chosen), key=lambda timing: timing.total) for run in runs]
+    num_generated = sum(len(answer.token_ids) for run in runs for answer in run.chosen)
     inference_ns = sum(timing.inference for timing in timings)
     return {
         "x-compute-type": compute_type,
@@ -80,7 +92,7 @@ def compute_headers(runs: Sequence[Run], compute_type: str, num_characters: int)
         "x-queue-time": _milliseconds(sum(timing.queue for timing in timings)),
         "x-inference-time": _milliseconds(inference_ns),
         "x-time-per-token": _milliseconds(inference_ns // max(num_generated, 1)),
-        "x-prompt-tokens": str(sum(len(answer.request.prompt_token_ids) for answer in answers)),
+        "x-prompt-tokens": str(sum(len(run.answers[0].request.prompt_token_ids) for run in runs)),
         "x-generated-tokens": str(num_generated),
     }
 

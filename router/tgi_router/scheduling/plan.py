@@ -33,6 +33,19 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
 
+    @property
+    def awaits_masks(self) -> bool:
+        """Whether a row samples whose next token a grammar restricts."""
+        return any(row.samples and row.sequence.matcher is not None for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What a plan that awaits masks is told, once its sequences' last tokens are known."""
+
+    step_id: int
+    bits: dict[int, bytes]  # by sequence id; those that ended meanwhile are left out
+
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:

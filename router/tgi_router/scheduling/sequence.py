@@ -5,6 +5,7 @@ from __future__ import annotations  # array[int] exists at run time only from Py
 from array import array
 from dataclasses import dataclass, field
 
+from tgi_router.grammar.mask import Matcher
 from tgi_router.request import Listener, Request
 from tgi_router.scheduling.prefix_cache import ROOT_KEY
 
@@ -21,6 +22,7 @@ class Sequence:
     request: Request
     listener: Listener
     token_ids: array[int]  # prompt and confirmed output
+    matcher: Matcher | None = None  # where its grammar stands after the confirmed output
     block_ids: list[int] = field(default_factory=list)
     is_on_shards: bool = False  # plans have added it, and not dropped it
     was_scheduled: bool = False
@@ -35,7 +37,8 @@ class Sequence:
     @classmethod
     def of(cls, sequence_id: int, request: Request, listener: Listener) -> Sequence:
         token_ids = array("I", request.prompt_token_ids)
-        return cls(sequence_id, request, listener, token_ids, num_planned_tokens=len(token_ids))
+        matcher = None if request.grammar is None else request.grammar.matcher()
+        return cls(sequence_id, request, listener, token_ids, matcher, num_planned_tokens=len(token_ids))
 
     @property
     def num_prompt_tokens(self) -> int:

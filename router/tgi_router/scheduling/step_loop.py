@@ -4,6 +4,10 @@ While the shards compute plan n, plan n+1 already waits at their door, so the de
 task drives everything; listeners are called from it, in order. When the shards are lost it waits until they
 are back, puts every living sequence into the queue again and goes on: listeners notice a pause and nothing
 else.
+
+A plan whose sequences have a grammar is sent like any other, before their last tokens are known; its masks
+follow when they are, that is at the latest when it is the oldest in flight. Meanwhile the shards run its
+forward pass; sequences without a grammar that share the step share the wait.
 """
 
 import asyncio
@@ -11,14 +15,17 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import structlog
 
+from tgi_router.grammar.mask import GrammarBroken, MaskWorker
 from tgi_router.metrics import Metrics
 from tgi_router.request import Listener, Request
 from tgi_router.scheduling import recovery
 from tgi_router.scheduling.block_allocator import BlockAllocator
-from tgi_router.scheduling.plan import StepPlan, StepResult
+from tgi_router.scheduling.plan import Masks, StepPlan, StepResult
 from tgi_router.scheduling.scheduler import Limits, Scheduler
 from tgi_router.scheduling.sequence import Sequence
 from tgi_router.shards.client import ModelFacts, ShardsLost, WarmupSizes
@@ -26,6 +33,9 @@ from tgi_router.shards.group import GroupStream, ShardGroup
 
 MAX_PLANS_IN_FLIGHT = 2
 MIN_PROMPT_TOKENS = 64  # of every plan, beside a full house of decodes: prompts always make progress
+STALL_FACTOR = 10  # a step that takes so many times the longest one so far hangs
+
+State = Literal["ok", "busy", "recovering", "stalled", "dead"]
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +46,15 @@ class SequenceFailed(Exception):
 
 class ShardsGone(Exception):
     """The shards are away and nobody will wait for them any longer."""
+
+
+@dataclass(eq=False, slots=True)
+class InFlight:
+    plan: StepPlan
+    sent_at: float
+    needs_masks: bool  # and they have not been sent
+    masked: list[Sequence] | None = None  # whose masks are being computed; None: not begun
+    masks: "asyncio.Future[list[bytes | GrammarBroken]] | None" = None  # one for each of `masked`
 
 
 class StepLoop:
@@ -49,6 +68,7 @@ class StepLoop:
         max_sequences: int,
         max_kv_tokens: int | None = None,  # a cap on what the shards offer
         share_prefixes: bool = True,
+        stall_timeout_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._group = group
@@ -60,12 +80,16 @@ class StepLoop:
         self._sizes = WarmupSizes(self._limits.max_step_tokens, max_total_tokens or 0, max_sequences)
         self._max_kv_tokens = max_kv_tokens
         self._share_prefixes = share_prefixes
+        self._stall_timeout_s = stall_timeout_s
         self._clock = clock
         self._facts: ModelFacts | None = None
         self._scheduler = Scheduler(self._limits, BlockAllocator(0, 1))
         self._sequences: dict[int, Sequence] = {}  # the living, by sequence id
         self._sequence_ids = itertools.count(1)
-        self._in_flight: deque[tuple[StepPlan, float]] = deque()  # with the time each was sent
+        self._in_flight: deque[InFlight] = deque()
+        self._longest_step_s = 0.0
+        self._last_result_at = 0.0
+        self._mask_worker = MaskWorker()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -80,8 +104,25 @@ class StepLoop:
 
     @property
     def is_healthy(self) -> bool:
-        """False while the shards are away."""
-        return self._are_shards_back
+        return self.state in ("ok", "busy")
+
+    @property
+    def state(self) -> State:
+        """Reads and nothing else: /health asks at any load.
+
+        busy: requests wait in the queue. recovering: the shards are away. stalled: the step under way takes
+        longer than any should; the launcher, which sees the same, restarts the shards. dead: the loop broke.
+        """
+        if self._task is not None and self._task.done():
+            return "dead"
+        if not self._are_shards_back:
+            return "recovering"
+        if self._in_flight:
+            began_at = max(self._in_flight[0].sent_at, self._last_result_at)
+            limit_s = max(self._stall_timeout_s, STALL_FACTOR * self._longest_step_s)
+            if self._clock() - began_at > limit_s:
+                return "stalled"
+        return "busy" if len(self._scheduler.waiting) else "ok"
 
     async def start(self) -> None:
         """Reach the shards, warm them up, and begin. Waits as long as it takes."""
@@ -127,6 +168,7 @@ class StepLoop:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._mask_worker.close()
         await self._group.close()
 
     # The loop
@@ -147,8 +189,8 @@ class StepLoop:
                 await self._run_steps(stream)
             except ShardsLost as error:
                 log.error("Lost the shards", reason=str(error), sequences=len(self._sequences))
-                for plan, _ in self._in_flight:
-                    self._metrics.tgi_batch_inference_failure.labels(method_of(plan)).inc()
+                for step in self._in_flight:
+                    self._metrics.tgi_batch_inference_failure.labels(method_of(step.plan)).inc()
             finally:
                 await stream.close()
             self._are_shards_back = False
@@ -171,6 +213,7 @@ class StepLoop:
         if self._max_kv_tokens is not None:
             num_blocks = min(num_blocks, self._max_kv_tokens // facts.block_size)
         allocator = BlockAllocator(num_blocks, facts.block_size, share_prefixes=self._share_prefixes)
+        self._longest_step_s = max(self._longest_step_s, facts.longest_step_s)
         self._in_flight.clear()
         self._scheduler.restart(allocator)
         self._metrics.tgi_kv_blocks_total.set(num_blocks)
@@ -185,8 +228,13 @@ class StepLoop:
             if stream.lost is not None:
                 raise stream.lost
             while len(self._in_flight) < MAX_PLANS_IN_FLIGHT and (plan := self._plan()) is not None:
+                # In flight before it is sent: a shard that hangs may not even read.
+                self._in_flight.append(InFlight(plan, self._clock(), plan.awaits_masks))
                 await stream.send(plan)
-                self._in_flight.append((plan, self._clock()))
+            self._begin_masks()
+            for step in self._in_flight:
+                if step.needs_masks and step.masks is not None and step.masks.done():
+                    await stream.send_masks(self._finish_masks(step))
             if not self._wake.is_set():
                 self._observe()
                 await self._wake.wait()
@@ -194,7 +242,9 @@ class StepLoop:
     def _plan(self) -> StepPlan | None:
         scheduler, metrics = self._scheduler, self._metrics
         num_preemptions, num_hit_tokens = scheduler.num_preemptions, scheduler.num_hit_tokens
+        began_at = self._clock()
         plan = scheduler.plan()
+        planned_at = self._clock()
         metrics.tgi_preemptions.inc(scheduler.num_preemptions - num_preemptions)
         metrics.tgi_prefix_cache_hit_tokens.inc(scheduler.num_hit_tokens - num_hit_tokens)
         while plan is None and not self._in_flight and (sequence := scheduler.waiting.peek()) is not None:
@@ -218,13 +268,48 @@ class StepLoop:
             metrics.tgi_batch_next_size.observe(len(plan.add))
             if len(plan.add) < len(plan.rows):
                 metrics.tgi_batch_concat.labels("chunking").inc()
+                metrics.tgi_batch_concat_duration.labels("decode").observe(planned_at - began_at)
         return plan
 
+    def _begin_masks(self) -> None:
+        """Of the steps in flight whose sequences' last tokens are all known."""
+        awaiting: set[Sequence] = set()  # the result of an earlier step will move their grammars on
+        for step in self._in_flight:
+            sampling = [row.sequence for row in step.plan.rows if row.samples]
+            if step.needs_masks and step.masks is None and awaiting.isdisjoint(sampling):
+                step.masked = [
+                    sequence
+                    for sequence in sampling
+                    if sequence.matcher is not None and sequence.sequence_id in self._sequences
+                ]
+                matchers = [sequence.matcher for sequence in step.masked if sequence.matcher is not None]
+                step.masks = self._mask_worker.begin(matchers, self._wake.set)
+            awaiting.update(sampling)
+
+    def _finish_masks(self, step: InFlight) -> Masks:
+        """Those of the sequences that are alive still. The others' tokens are ignored, whatever they are."""
+        assert step.masks is not None
+        assert step.masked is not None
+        bits: dict[int, bytes] = {}
+        for sequence, mask in zip(step.masked, step.masks.result(), strict=True):
+            if sequence.sequence_id not in self._sequences:
+                continue
+            if isinstance(mask, GrammarBroken):
+                self._fail(sequence, str(mask))
+            else:
+                bits[sequence.sequence_id] = mask
+        step.needs_masks = False
+        return Masks(step.plan.step_id, bits)
+
     def _take(self, result: StepResult) -> None:
-        if not self._in_flight or self._in_flight[0][0].step_id != result.step_id:
+        if not self._in_flight or self._in_flight[0].plan.step_id != result.step_id:
             raise ShardsLost(f"the shards answered step {result.step_id}, which is not the oldest in flight")
-        plan, sent_at = self._in_flight.popleft()
-        taken_at = self._clock()
+        step = self._in_flight.popleft()
+        if step.needs_masks:
+            raise ShardsLost(f"the shards answered step {result.step_id} before they had its masks")
+        plan, sent_at = step.plan, step.sent_at
+        taken_at = self._last_result_at = self._clock()
+        self._longest_step_s = max(self._longest_step_s, result.total_s)
         for sequence_id, message in result.failed.items():
             if (sequence := self._sequences.get(sequence_id)) is not None:
                 self._fail(sequence, message)
@@ -236,8 +321,16 @@ class StepLoop:
                     sequence.num_prompt_logprobs = piece.start_position + len(piece.logprobs)
         for sequence, token in self._scheduler.confirm(plan, result):
             # A listener may cancel its sequence, or another, in the middle of this.
-            is_alive = sequence.sequence_id in self._sequences
-            if is_alive and sequence.listener.on_token(token) is not None:
+            if sequence.sequence_id not in self._sequences:
+                continue
+            if sequence.matcher is not None:
+                try:
+                    if sequence.matcher.advance(token.token_id):
+                        token = replace(token, ends_grammar=True)
+                except GrammarBroken as error:
+                    self._fail(sequence, str(error))
+                    continue
+            if sequence.listener.on_token(token) is not None:
                 self._end(sequence)
         if plan.rows:
             method = method_of(plan)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType, field
 
+from tgi_router.schemas.grammar import Grammar
 from tgi_router.schemas.numbers import Int32, UInt32, UInt64, check_uint64
 
 
@@ -29,7 +30,7 @@ class GenerateParameters(Struct, frozen=True, kw_only=True):
     decoder_input_details: bool = False
     seed: UInt64 | None = None
     top_n_tokens: UInt32 | None = None
-    grammar: dict[str, object] | None = None
+    grammar: Grammar | None = None
     adapter_id: str | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +90,16 @@ class StreamDetails(Struct, frozen=True):
     input_length: int
 
 
+class StreamReply(Struct, frozen=True, kw_only=True):
+    """One event of a stream."""
+
+    index: int  # counts from 1
+    token: Token
+    top_tokens: list[Token] | UnsetType = UNSET
+    generated_text: str | None  # null but for the last event
+    details: StreamDetails | None
+
+
 class TokenizedToken(Struct, frozen=True):
     id: int
     text: str
@@ -96,9 +107,22 @@ class TokenizedToken(Struct, frozen=True):
     stop: int
 
 
+class ChatTokenizeReply(Struct, frozen=True):
+    tokenize_response: list[TokenizedToken]
+    templated_text: str
+
+
 class ErrorReply(Struct, frozen=True):
     error: str
     error_type: str
+
+
+class HealthReply(Struct, frozen=True):
+    """Of a server that is not healthy."""
+
+    error: str
+    error_type: str
+    state: str
 
 
 class Info(Struct, frozen=True, kw_only=True):

@@ -31,9 +31,24 @@ class ModelList(Struct, frozen=True):
     data: list[Model]
 
 
-# Fields that are parsed only to be refused: silence would give another answer than the one asked for.
+# Token id, in decimal, -> what is added to its score. TGI took an array and ignored it: so do we.
 LogitBias = dict[str, float] | list[float]
 
 
-def asks_for_grammar(response_format: dict[str, object] | None) -> bool:
-    return response_format is not None and response_format.get("type") != "text"
+class CancelledReply(Struct, frozen=True):
+    id: str
+    cancelled: bool
+
+
+class ErrorDetail(Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorReply(Struct, frozen=True):
+    """OpenAI's shape, with TGI's `error_type` beside it: each client finds what it looks for."""
+
+    error: ErrorDetail
+    error_type: str

@@ -10,7 +10,7 @@ from grpc import aio
 from tgi_proto import generate_pb2 as pb
 from tgi_proto import generate_pb2_grpc as pb_grpc
 from tgi_router.request import SampledToken
-from tgi_router.scheduling.plan import AddedSequence, PromptLogprobs, StepPlan, StepResult
+from tgi_router.scheduling.plan import AddedSequence, Masks, PromptLogprobs, StepPlan, StepResult
 
 RUN_METHOD = "/tgi.v1.TextGeneration/Run"
 
@@ -42,6 +42,7 @@ class ModelFacts:
     num_blocks: int
     block_size: int
     max_total_tokens: int  # longest sequence, prompt and output
+    longest_step_s: float = 0.0  # so far, the warm-up's steps among them
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,12 @@ class ShardClient:
         except aio.AioRpcError as error:
             raise ShardsLost(describe(error)) from error
 
+    async def health(self, timeout_s: float) -> pb.HealthResponse:
+        try:
+            return await self._stub.Health(pb.HealthRequest(), timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise ShardsLost(describe(error)) from error
+
     async def warmup(self, sizes: WarmupSizes, timeout_s: float) -> pb.WarmupResponse:
         request = pb.WarmupRequest(
             max_step_tokens=sizes.max_step_tokens,
@@ -75,7 +82,7 @@ class ShardClient:
             raise ShardsLost(describe(error)) from error
 
     def run(self) -> "RunStream":
-        # The same bytes go to every rank: they are serialised once, by encode_plan, and sent as they are.
+        # The same bytes go to every rank: they are serialised once, by encode_…, and sent as they are.
         method = self._channel.stream_stream(RUN_METHOD, request_serializer=None, response_deserializer=None)
         return RunStream(method())  # type: ignore[call-arg]  # no iterator: plans are written one by one
 
@@ -84,14 +91,14 @@ class ShardClient:
 
 
 class RunStream:
-    """The stream of plans to one shard and of results back."""
+    """The stream of plans and masks to one shard and of results back."""
 
     def __init__(self, call: "aio.StreamStreamCall[bytes, bytes]") -> None:
         self._call = call
 
-    async def send(self, plan: bytes) -> None:
+    async def send(self, request: bytes) -> None:
         try:
-            await self._call.write(plan)
+            await self._call.write(request)
         except (aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise ShardsLost(await self._reason(error)) from error
 
@@ -119,19 +126,28 @@ def describe(error: aio.AioRpcError) -> str:
 
 
 def encode_plan(plan: StepPlan) -> bytes:
-    message = pb.StepPlan(
-        step_id=plan.step_id,
-        drop_sequence_ids=plan.drop,
-        run_sequence_ids=[row.sequence.sequence_id for row in plan.rows],
-        run_num_tokens=[row.num_tokens for row in plan.rows],
-        run_num_new_blocks=[len(row.new_block_ids) for row in plan.rows],
-    )
+    """A RunRequest."""
+    request = pb.RunRequest()
+    message = request.plan
+    message.step_id = plan.step_id
+    message.drop_sequence_ids.extend(plan.drop)
+    message.run_sequence_ids.extend(row.sequence.sequence_id for row in plan.rows)
+    message.run_num_tokens.extend(row.num_tokens for row in plan.rows)
+    message.run_num_new_blocks.extend(len(row.new_block_ids) for row in plan.rows)
+    message.await_masks = plan.awaits_masks
     for row in plan.rows:
         if row.new_block_ids:
             message.new_block_ids.extend(row.new_block_ids)
     for added in plan.add:
         message.add.append(encode_added(added))
-    return message.SerializeToString()
+    return request.SerializeToString()
+
+
+def encode_masks(masks: Masks) -> bytes:
+    """A RunRequest."""
+    bits = b"".join(masks.bits.values())
+    message = pb.Masks(step_id=masks.step_id, sequence_ids=list(masks.bits), bits=bits)
+    return pb.RunRequest(masks=message).SerializeToString()
 
 
 def encode_added(added: AddedSequence) -> pb.AddSequence:
@@ -156,9 +172,13 @@ def encode_added(added: AddedSequence) -> pb.AddSequence:
             watermark=sampling.watermark,
             seed=sampling.seed,
             choice=request.choice,
+            min_p=sampling.min_p,
+            logit_bias_token_ids=[token_id for token_id, _ in sampling.logit_bias],
+            logit_bias_values=[value for _, value in sampling.logit_bias],
         ),
         top_n_tokens=request.top_n_tokens,
         prompt_logprobs=sequence.wants_prompt_logprobs,
+        traceparent=request.traceparent,
     )
 
 

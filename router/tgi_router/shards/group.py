@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from tgi_router.scheduling.plan import StepPlan, StepResult
+from tgi_router.scheduling.plan import Masks, StepPlan, StepResult
 from tgi_router.shards.client import (
     ModelFacts,
     RunStream,
@@ -12,6 +12,7 @@ from tgi_router.shards.client import (
     ShardsLost,
     WarmupSizes,
     decode_result,
+    encode_masks,
     encode_plan,
 )
 
@@ -38,6 +39,7 @@ class ShardGroup:
                     f"expected {rank} of {len(infos)}"
                 )
         warmups = await asyncio.gather(*(client.warmup(sizes, WARMUP_TIMEOUT_S) for client in self._clients))
+        healths = await asyncio.gather(*(client.health(INFO_TIMEOUT_S) for client in self._clients))
         return ModelFacts(
             model_type=infos[0].model_type,
             dtype=infos[0].dtype,
@@ -49,6 +51,7 @@ class ShardGroup:
             num_blocks=min(warmup.num_blocks for warmup in warmups),
             block_size=warmups[0].block_size,
             max_total_tokens=min(warmup.max_total_tokens for warmup in warmups),
+            longest_step_s=max(health.longest_step_s for health in healths),
         )
 
     def open(self, wake: Callable[[], None]) -> "GroupStream":
@@ -71,7 +74,13 @@ class GroupStream:
 
     async def send(self, plan: StepPlan) -> None:
         """Raises ShardsLost."""
-        data = encode_plan(plan)
+        await self._send(encode_plan(plan))
+
+    async def send_masks(self, masks: Masks) -> None:
+        """For a plan that awaits them. Raises ShardsLost."""
+        await self._send(encode_masks(masks))
+
+    async def _send(self, data: bytes) -> None:
         if len(self._streams) == 1:
             await self._streams[0].send(data)
         else:

@@ -6,6 +6,7 @@ place.
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
+
+from tgi_router.text.detokenizer import UNFINISHED
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte, as SentencePiece's vocabularies write it
+
+
+def _byte_characters() -> dict[str, int]:
+    """How byte-level BPE writes bytes: what prints is itself, the others are U+0100 and following."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_characters()
 
 
 class TokenizerUnavailable(Exception):
@@ -64,6 +79,22 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids that stand together, special tokens included."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """As in tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token writes, also if that is only a part of a character."""
+        text = self.decode_one(token_id)
+        piece = self._tokenizer.id_to_token(token_id)
+        if UNFINISHED not in text or piece is None:
+            return text.encode()
+        if (byte := _BYTE_PIECE.fullmatch(piece)) is not None:
+            return bytes([int(byte[1], 16)])
+        if all(character in _BYTE_OF_CHARACTER for character in piece):
+            return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+        return text.encode()
 
     def _decode_one(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)

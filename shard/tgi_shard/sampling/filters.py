@@ -40,6 +40,16 @@ def mask_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
     return _keep(scores, scores >= edge)
 
 
+def mask_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
+    """Keep the tokens that are at least `min_p` ([n] float32 in (0, 1]) times as probable as the best one.
+
+    Nguyen et al. 2024, arXiv:2407.01082.
+    """
+    probabilities = scores.softmax(-1)
+    edge = probabilities.amax(-1, keepdim=True) * min_p.unsqueeze(1)
+    return _keep(scores, probabilities >= edge)
+
+
 def mask_typical(scores: Tensor, mass: Tensor) -> Tensor:
     """Keep the tokens whose surprise is nearest to the entropy, until they reach `mass` ([n] in (0, 1]).
 

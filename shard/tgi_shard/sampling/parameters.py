@@ -21,6 +21,7 @@ class SamplingParameters:
     watermark: bool = False
     seed: int = 0
     choice: int = 0
+    min_p: float = 0.0
 
     def problem(self) -> str | None:
         """What makes these parameters impossible to follow; None if nothing does."""
@@ -36,6 +37,8 @@ class SamplingParameters:
             value = getattr(self, name)
             if not np.isfinite(value):
                 return f"`{name}` must be finite, not {value}"
+        if not 0 <= self.min_p <= 1:
+            return f"`min_p` must be in [0, 1], not {self.min_p}"
         return None
 
     def row(self) -> tuple[object, ...]:
@@ -49,6 +52,7 @@ class SamplingParameters:
             or self.frequency_penalty != 0
             or self.output_frequency_penalty != 0
             or self.output_presence_penalty != 0
+            or self.min_p > 0
         )
         return (*astuple(self), changes_scores)
 
@@ -67,6 +71,7 @@ COLUMNS = np.dtype(
         ("watermark", np.bool_),
         ("seed", np.uint64),
         ("choice", np.uint32),
+        ("min_p", np.float32),
         ("changes_scores", np.bool_),  # anything but do_sample, seed and choice is in use
     ]
 )

@@ -1,7 +1,8 @@
 """The processors of scores in TGI's order, and which rows use which.
 
-Watermark, repetition penalty, frequency penalties, temperature, top-k, top-p, typical-p. A processor sees
-only the rows that use it; the others neither pay for it nor pass through neutral values.
+Watermark, repetition penalty, frequency penalties, grammar, temperature, top-k, top-p, min-p (which TGI
+lacks; transformers has it here), typical-p. A processor sees only the rows that use it; the others neither
+pay for it nor pass through neutral values. What a client adds to single scores was added before: see bias.py.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgi_shard.sampling.filters import mask_top_k, mask_top_p, mask_typical
+from tgi_shard.sampling.filters import mask_min_p, mask_top_k, mask_top_p, mask_typical
+from tgi_shard.sampling.grammar import AllowedTokens, mask_disallowed
 from tgi_shard.sampling.history import History
 from tgi_shard.sampling.penalties import penalise_frequency, penalise_output, penalise_repetition
 from tgi_shard.sampling.watermark import add_watermark
@@ -19,25 +21,41 @@ from tgi_shard.sampling.watermark import add_watermark
 Processor = Callable[[Tensor, np.ndarray, History], Tensor]
 
 
-def process(scores: Tensor, parameters: np.ndarray, history: History, gamma: float, delta: float) -> Tensor:
+def process(
+    scores: Tensor,
+    parameters: np.ndarray,
+    history: History,
+    gamma: float,
+    delta: float,
+    allowed: AllowedTokens | None = None,
+) -> Tensor:
     """All processors over all rows; `scores` ([n, vocab_size] float32) is used up.
 
     parameters: [n] of `parameters.COLUMNS`. gamma, delta: the watermark's share of the vocabulary and its
-    bonus.
+    bonus. allowed: None if no row has a grammar.
     """
 
     def watermark(scores: Tensor, parameters: np.ndarray, history: History) -> Tensor:
         return add_watermark(scores, history.last_token_ids(), gamma, delta)
 
+    def grammar(scores: Tensor, parameters: np.ndarray, history: History) -> Tensor:
+        assert allowed is not None
+        return mask_disallowed(scores, allowed.bits)
+
+    has_grammar = np.zeros(len(parameters), np.bool_)
+    if allowed is not None:
+        has_grammar[allowed.rows] = True
     of_count, of_presence = parameters["output_frequency_penalty"], parameters["output_presence_penalty"]
     stages: list[tuple[np.ndarray, Processor]] = [
         (parameters["watermark"], watermark),
         (parameters["repetition_penalty"] != 1, _repetition),
         (parameters["frequency_penalty"] != 0, _frequency),
         ((of_count != 0) | (of_presence != 0), _output),
+        (has_grammar, grammar),
         (parameters["temperature"] != 1, _temperature),
         (parameters["top_k"] > 0, _top_k),
         (parameters["top_p"] < 1, _top_p),
+        (parameters["min_p"] > 0, _min_p),
         (parameters["typical_p"] < 1, _typical),
     ]
     for is_active, processor in stages:
@@ -78,6 +96,10 @@ def _top_k(scores: Tensor, parameters: np.ndarray, history: History) -> Tensor:
 
 def _top_p(scores: Tensor, parameters: np.ndarray, history: History) -> Tensor:
     return mask_top_p(scores, _column(parameters, "top_p", scores))
+
+
+def _min_p(scores: Tensor, parameters: np.ndarray, history: History) -> Tensor:
+    return mask_min_p(scores, _column(parameters, "min_p", scores))
 
 
 def _typical(scores: Tensor, parameters: np.ndarray, history: History) -> Tensor:

@@ -4,6 +4,7 @@ A step of plain greedy rows costs an arg-max and one softmax, whose largest valu
 which is quicker than log-sum-exp, composed of several passes in torch).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from tgi_shard.sampling import random
+from tgi_shard.sampling.bias import LogitBias, add_bias
+from tgi_shard.sampling.grammar import AllowedTokens
 from tgi_shard.sampling.history import History
 from tgi_shard.sampling.logprobs import TopTokens
 from tgi_shard.sampling.pipeline import process
@@ -33,17 +36,28 @@ class Sampler:
     watermark_delta: float = 2.0
 
     def __call__(
-        self, scores: Tensor, parameters: np.ndarray, history: History, top_n: np.ndarray
+        self,
+        scores: Tensor,
+        parameters: np.ndarray,
+        history: History,
+        top_n: np.ndarray,
+        biases: Sequence[LogitBias | None] | None = None,
+        allowed: AllowedTokens | None = None,
     ) -> Sampled:
         """Choose a token for each row. Waits for the device only if a row is watermarked.
 
         scores: [n, vocab_size] float32 logits; used up. parameters: [n] of `parameters.COLUMNS`.
-        top_n: [n] how many alternatives to report.
+        top_n: [n] how many alternatives to report. biases: [n]; None if no row has one.
+        allowed: of the rows with a grammar; None if no row has one.
         """
         largest = scores.amax(-1)  # NaN if the row holds one
         is_finite = largest.isfinite()  # told now: a filter may hide a NaN, and would be led astray by it
-        if parameters["changes_scores"].any():
-            scores = process(scores, parameters, history, self.watermark_gamma, self.watermark_delta)
+        changes_scores = allowed is not None or parameters["changes_scores"].any()
+        if biases is not None:
+            scores = add_bias(scores, biases)
+        if changes_scores:
+            scores = process(scores, parameters, history, self.watermark_gamma, self.watermark_delta, allowed)
+        if biases is not None or changes_scores:
             largest = scores.amax(-1)
         probabilities = scores.softmax(-1)
         token_ids = _argmax(scores)
