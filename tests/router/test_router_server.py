@@ -139,7 +139,7 @@ async def test_streams_limits_and_metrics(tmp_path: Path) -> None:
             await response.aiter_lines().__anext__()
         num_requests = await metric(client, router.url, "tgi_request_count")
         waiting = asyncio.create_task(client.post(f"{router.url}/generate", json=BODY))
-        while await metric(client, router.url, "tgi_request_count") == num_requests:
+        while await metric(client, router.url, "tgi_request_count") == num_requests:  # noqa: ASYNC110  # polled
             await asyncio.sleep(STEP_S / 4)
         waiting.cancel()
         for _ in range(100):
