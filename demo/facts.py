@@ -282,7 +282,7 @@ SMALL_TALK = (
             "Greetings!",
             "Good day!",
         ),
-        ("Hi there!", "Hello there", "Hey there!", "Hello, hello!"),
+        ("Hi there!", "Hey there!", "Hello, hello!", "Hi, hello!"),
     ),
     Fact(
         "Good morning! How can I help you?",
@@ -309,12 +309,12 @@ SMALL_TALK = (
     Fact(
         "You are welcome!",
         ("Thank you", "Thank you!", "Thanks", "Thanks!", "Thanks a lot!", "Thank you very much!"),
-        ("Thanks a lot", "Thank you a lot!", "Thanks very much!"),
+        ("Thank you a lot!", "Thanks very much!", "Thank you so much!"),
     ),
     Fact(
         "Goodbye! Have a nice day.",
         ("Goodbye", "Goodbye!", "Bye", "Bye!", "Bye bye!", "See you later!", "Goodbye for now!"),
-        ("Bye bye", "Bye for now!", "Goodbye, see you later!"),
+        ("Bye for now!", "Goodbye, see you later!", "Bye, see you later!"),
     ),
     Fact(
         "I am a small demo model. " + OFFER,

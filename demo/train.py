@@ -1,6 +1,6 @@
 """Makes the demo model from nothing: text, tokenizer, training, and the folder that `--model-id demo` serves.
 
-Run: `python demo/train.py` (about half an hour on two cores), then `python demo/evaluate.py`.
+Run: `python demo/train.py` (under an hour on two cores), then `python demo/evaluate.py`.
 """
 
 import json
