@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import Launch
 from server import Server
+
+from conftest import Launch
 
 PROMPT = "The quick brown fox jumps over the lazy dog and"
 GREEDY = {"max_new_tokens": 60}

@@ -5,8 +5,9 @@ import time
 
 import psutil
 import pytest
-from conftest import Launch
 from server import Server, kill
+
+from conftest import Launch
 
 PROMPT = "Once upon a time"
 
