@@ -34,7 +34,7 @@ def test_choices_of_one_seed(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(**asked)
     again = client.chat.completions.create(**asked)
     contents = [choice.message.content for choice in answer.choices]
-    assert len(set(contents)) == 3
+    assert len(set(contents)) > 1  # a confident model may repeat itself, but not every time
     assert contents == [choice.message.content for choice in again.choices]
     assert answer.usage is not None
     num_tokens = 0
