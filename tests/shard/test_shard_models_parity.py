@@ -188,7 +188,8 @@ def test_rope_past_the_trained_context_is_that_of_decoding(
     theirs, past = [], DynamicCache()
     with torch.inference_mode():
         for token_id in prompt:
-            output = both.oracle(torch.tensor([[token_id]]), past_key_values=past)
+            # By place: the argument is called `past_key_values` or, from transformers 5.24 on, `cache`.
+            output = both.oracle(torch.tensor([[token_id]]), None, None, past)
             theirs.append(output.logits[0, 0])
     for num_first in (70, 29):
         row, stepper = Row(list(prompt)), both.stepper()
