@@ -23,8 +23,8 @@ Each family is served from `.safetensors` in float32, bfloat16 or float16, on on
 heads and intermediate sizes must divide evenly, KV heads are repeated where there are fewer than ranks,
 vocabularies are padded.
 
-The oracle is `transformers` on tiny random checkpoints: in float32, logits within 1e-4 and the same greedy
-tokens. `make test` puts every family to a ragged batch of prompts and then decodes, on one rank and on two;
+The oracle is `transformers` on tiny random checkpoints (for Baichuan, which it does not ship, its Llama with
+the same weights): in float32, logits within 1e-4 and the same greedy tokens. `make test` puts every family to a ragged batch of prompts and then decodes, on one rank and on two;
 the families marked with * also to chunks of many sizes, steps that mix chunks and decodes, preemption,
 shared prefix blocks, steps without logits, neighbours, bfloat16 and float16. `make test-matrix` does all of
 that for all of them, and runs all families and variants on four ranks.
@@ -91,6 +91,8 @@ def _of(spec: DecoderSpec) -> Iterator[str]:
         yield "logit soft-cap"
     if spec.head_bias:
         yield "head bias"
+    if spec.has_unit_head:
+        yield "normalised head"
     if spec.moe is not None:
         yield f"experts ({type(spec.moe.routing).__name__})"
         if spec.moe.shared_size is not None:

@@ -14,6 +14,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+import baichuan_oracle
+
 BOS_ID, EOS_ID, PAD_ID = 256, 257, 258  # the 256 bytes come before them, a few two-letter tokens after them
 NUM_BYTES = 256
 
@@ -128,6 +130,14 @@ _CONFIGS |= {
         "ffn_dim": 112,
         "word_embed_proj_dim": 64,
         "tie_word_embeddings": True,
+    },
+    "baichuan": {
+        "vocab_size": 266,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 112,
+        "max_position_embeddings": 512,
     },
     "bloom": {"vocab_size": 271, "hidden_size": 64, "n_head": 4, "n_layer": 2, "tie_word_embeddings": False},
     "falcon": _COMMON | {"vocab_size": 271, "tie_word_embeddings": True},
@@ -298,6 +308,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_bigcode-many-kv-heads": ("gpt_bigcode", {"multi_query": False, "scale_attn_weights": False}),
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
     "opt-no-bias": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+    "baichuan-2": ("baichuan", {"z_loss_weight": 0}),
+    "baichuan-13b": ("baichuan", {"max_position_embeddings": None, "model_max_length": 512}),
+    "baichuan-2-13b-six-heads": (
+        "baichuan",
+        {
+            "max_position_embeddings": None,
+            "z_loss_weight": 0,
+            "num_attention_heads": 6,
+            "hidden_size": 48,
+        },
+    ),
     "bloom-six-heads": ("bloom", {"n_head": 6, "hidden_size": 48, "tie_word_embeddings": True}),
     "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-11b": (
@@ -360,17 +381,30 @@ def save(
     config = _config(model_type, dtype, overrides)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        is_baichuan = model_type == "baichuan"
+        if is_baichuan:
+            model = baichuan_oracle.new(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _roughen(model)
-    model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
-    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    model.to(dtype)
+    described = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    if is_baichuan:
+        baichuan_oracle.save(model, config, path)
+        described.save_pretrained(path)
+    else:
+        model.generation_config = described
+        model.save_pretrained(path, max_shard_size=max_shard_size)
     save_tokenizer(path, vocab_size=config.vocab_size, adds_bos=model_type in _ADDS_BOS)
     return path
 
 
 def oracle(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """transformers' model. Its fused attention leaves soft-caps and sinks out: those take the plain one."""
-    is_plain = AutoConfig.from_pretrained(checkpoint).model_type in ("gemma2", "gemma3_text", "gpt_oss")
+    model_type = AutoConfig.from_pretrained(checkpoint).model_type
+    if model_type == "baichuan":
+        return baichuan_oracle.load(checkpoint, dtype)
+    is_plain = model_type in ("gemma2", "gemma3_text", "gpt_oss")
     return AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=dtype, attn_implementation="eager" if is_plain else None
     )

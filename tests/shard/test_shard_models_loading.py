@@ -110,6 +110,16 @@ def test_rope_scaling_of_learned_positions(tmp_path: Path) -> None:
         load(tmp_path, rope_override=RopeOverride(2.0))
 
 
+def test_baichuan_needs_no_code_of_its_repository(tmp_path: Path) -> None:
+    tiny_models.save("baichuan", tmp_path, max_position_embeddings=None)
+    names = {"AutoConfig": "configuration_baichuan.BaichuanConfig"}
+    edit_config(tmp_path, auto_map=names, architectures=["BaichuanForCausalLM"])
+    (tmp_path / "configuration_baichuan.py").write_text("raise AssertionError('was run')")
+    assert load(tmp_path).max_position_embeddings == 4096
+    with pytest.raises(UnsupportedModel, match="positions are in ALiBi's distances"):
+        load(tmp_path, rope_override=RopeOverride(2.0))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

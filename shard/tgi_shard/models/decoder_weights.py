@@ -5,6 +5,7 @@ every rank.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tgi_shard.attention.backend import Heads
@@ -131,6 +132,8 @@ def _head(part: Part, table: Tensor) -> Head:
         # A checkpoint may hold a head that its config calls tied: if they differ, the config is wrong.
         is_copy = spec.has_tied_head and torch.equal(own, table)
         table = table if is_copy else own
+    if spec.has_unit_head:
+        table = F.normalize(table.float(), dim=-1).to(table.dtype)
     bias = weights.read(f"{module}.bias", (dims.vocab_size,)).float() if spec.head_bias else None
     method = Dense()
     return Head(

@@ -20,6 +20,7 @@ from tgi_shard.distributed import Group
 from tgi_shard.layers.activation import ACTIVATIONS
 from tgi_shard.models import decoder_weights
 from tgi_shard.models.architectures import (
+    baichuan,
     bloom,
     cohere,
     cohere2,
@@ -73,7 +74,7 @@ _ARCHITECTURES: tuple[ModuleType, ...] = (
     *(llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe),
     *(gemma, gemma2, gemma3, phi, phi3, phimoe, cohere, cohere2),
     *(falcon, starcoder2, gpt_bigcode, gpt2, gptj, gpt_neo, gpt_neox, gpt_oss, bloom, mpt, opt),
-    *(stablelm, olmo, olmo2, olmo3, olmoe, granite, granitemoe, smollm3, glm, glm4, exaone4, dbrx),
+    *(baichuan, stablelm, olmo, olmo2, olmo3, olmoe, granite, granitemoe, smollm3, glm, glm4, exaone4, dbrx),
 )
 BY_MODEL_TYPE = {model_type: module for module in _ARCHITECTURES for model_type in module.MODEL_TYPES}
 

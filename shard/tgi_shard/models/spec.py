@@ -236,6 +236,7 @@ class DecoderSpec:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     head_bias: bool = False
+    has_unit_head: bool = False  # the head's rows are divided by their length
     position_offset: int = 0  # the row of the learned positions that is position 0's
     # How the checkpoint stores a linear: [out, in], or the [in, out] of GPT-2's Conv1D.
     weight_layout: Literal["out_in", "in_out"] = "out_in"
