@@ -24,10 +24,11 @@ heads and intermediate sizes must divide evenly, KV heads are repeated where the
 vocabularies are padded.
 
 The oracle is `transformers` on tiny random checkpoints (for Baichuan, which it does not ship, its Llama with
-the same weights): in float32, logits within 1e-4 and the same greedy tokens. `make test` puts every family to a ragged batch of prompts and then decodes, on one rank and on two;
-the families marked with * also to chunks of many sizes, steps that mix chunks and decodes, preemption,
-shared prefix blocks, steps without logits, neighbours, bfloat16 and float16. `make test-matrix` does all of
-that for all of them, and runs all families and variants on four ranks.
+the same weights): in float32, logits within 1e-4 and the same greedy tokens. `make test` puts every family to
+a ragged batch of prompts and then decodes, on one rank and on two; the families marked with * also to chunks
+of many sizes, steps that mix chunks and decodes, preemption, shared prefix blocks, steps without logits,
+neighbours, bfloat16 and float16. `make test-matrix` does all of that for all of them, and runs all families
+and variants on four ranks.
 
 Rope scalings: linear, dynamic, llama3, yarn, longrope. Dynamic and longrope turn a token by its own
 position alone, as transformers does when it decodes token by token: a prefix of one sequence can then be
