@@ -76,7 +76,11 @@ def _of(spec: DecoderSpec) -> Iterator[str]:
             spec.residual
         ]
     yield from _of_attention(spec.attention, dims.num_layers)
-    if dims.num_kv_heads == 1:
+    if spec.attention.latents is not None:
+        yield "latent attention (the cache holds latents)"
+        if spec.attention.latents.query_rank is not None:
+            yield "narrow queries"
+    elif dims.num_kv_heads == 1:
         yield "multi-query"
     elif dims.num_kv_heads < dims.num_heads:
         yield "grouped queries"

@@ -47,6 +47,22 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 ROPE = {"rope_theta": 5000.0}
 _MOE = {"num_local_experts": 6, "num_experts_per_tok": 2}
+_DEEPSEEK: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 12,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+}
 _GPT = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512}
 
 _CONFIGS |= {
@@ -178,6 +194,15 @@ _CONFIGS |= {
     | _MOE
     | {"vocab_size": 269, "head_dim": 24, "sliding_window": 20, "swiglu_limit": 0.8, "rope_parameters": ROPE},
     "granitemoe": _COMMON | _MOE | {"vocab_size": 263, "attention_multiplier": 0.2, "logits_scaling": 2.5},
+    "deepseek_v2": _COMMON
+    | _DEEPSEEK
+    | {
+        "vocab_size": 265,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 2.0,
+        "rope_parameters": ROPE,
+    },
+    "deepseek_v3": _COMMON | _DEEPSEEK | {"vocab_size": 266, "rope_parameters": ROPE},
     "dbrx": {
         "vocab_size": 272,
         "d_model": 64,
@@ -201,7 +226,7 @@ DECODERS: tuple[str, ...] = tuple(_CONFIGS)
 # test-matrix` puts every family to every test.
 REPRESENTATIVES = (
     *("llama", "mistral", "gemma2", "gemma3_text", "phi", "cohere2", "olmo2"),
-    *("gpt_neox", "gptj", "falcon", "bloom", "opt", "qwen2_moe", "gpt_oss"),
+    *("gpt_neox", "gptj", "falcon", "bloom", "opt", "qwen2_moe", "gpt_oss", "deepseek_v3"),
 )
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -330,6 +355,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "mpt",
         {"n_heads": 6, "d_model": 48, "attn_config": {"softmax_scale": 0.4}},
     ),
+    "deepseek_v2-lite": (
+        "deepseek_v2",
+        {
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "rope_parameters": ROPE | YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+    ),
+    "deepseek_v2-biases": ("deepseek_v2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "deepseek_v3-halves": ("deepseek_v3", {"rope_interleave": False, "norm_topk_prob": False}),
+    "deepseek_v3-yarn": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": ROPE | YARN | {"mscale": 1.0, "mscale_all_dim": 1.3},
+        },
+    ),
     "dbrx-plain-weights": (
         "dbrx",
         {
@@ -455,3 +499,6 @@ def _roughen(model: torch.nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)

@@ -188,7 +188,8 @@ def test_a_broken_sequence_leaves_nothing_behind_in_its_blocks(window: int | Non
     assert before == num_tokens
 
 
-def test_a_block_costs_what_the_shape_says() -> None:
-    shape = KVShape(num_layers=3, local_num_kv_heads=2, head_dim=8, dtype=torch.bfloat16)
+@pytest.mark.parametrize("has_values", [True, False])
+def test_a_block_costs_what_the_shape_says(has_values: bool) -> None:
+    shape = KVShape(3, local_num_kv_heads=2, head_dim=8, dtype=torch.bfloat16, has_values=has_values)
     kv_cache = KVCache.allocate(shape, 5, BLOCK_SIZE, torch.device("cpu"))
     assert sum(store.nbytes for store in kv_cache.stores) == 5 * shape.bytes_per_block(BLOCK_SIZE)

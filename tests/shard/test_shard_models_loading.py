@@ -110,6 +110,30 @@ def test_rope_scaling_of_learned_positions(tmp_path: Path) -> None:
         load(tmp_path, rope_override=RopeOverride(2.0))
 
 
+def test_deepseek_stores_one_latent_a_token_on_every_rank(tmp_path: Path) -> None:
+    tiny_models.save("deepseek_v3", tmp_path)
+    for group in (SINGLE, Group(1, 2)):
+        shape = load(tmp_path, group=group).model.kv_shape
+        assert (shape.local_num_kv_heads, shape.head_dim, shape.has_values) == (1, 20 + 8, False)
+        assert shape.bytes_per_block(16) == 16 * 3 * 28 * 4  # tokens x layers x features x bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported for deepseek_v2 models"),
+        ({"norm_topk_prob": True}, "deepseek_v2 models with norm_topk_prob are not supported"),
+    ],
+)
+def test_deepseek_v2_routings_that_are_refused(
+    changes: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    tiny_models.save("deepseek_v2", tmp_path)
+    edit_config(without_weights(tmp_path), **changes)
+    with pytest.raises(UnsupportedModel, match=sentence):
+        load(tmp_path)
+
+
 def test_baichuan_needs_no_code_of_its_repository(tmp_path: Path) -> None:
     tiny_models.save("baichuan", tmp_path, max_position_embeddings=None)
     names = {"AutoConfig": "configuration_baichuan.BaichuanConfig"}

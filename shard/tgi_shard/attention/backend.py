@@ -36,7 +36,8 @@ class AttentionPlan(Protocol):
     ) -> Tensor:
         """Write K and V to their slots, then attend: [T, num_heads x head_dim], fresh.
 
-        query: [T, num_heads, head_dim]. key_value: [T, 2, num_kv_heads, head_dim]. Both may be strided views.
+        query: [T, num_heads, head_dim]. key_value: [T, 2, num_kv_heads, head_dim], or [T, 1, ..] if keys are
+        the values too (KVShape.has_values). Both may be strided views.
         window: how many tokens a query sees, itself included; None: all up to its own.
         softcap: scores become softcap x tanh(score / softcap).
         slopes: [num_heads] float32, what a score loses for each token between query and key (ALiBi, Press et

@@ -173,7 +173,8 @@ class ReferencePlan:
         num_rows = len(query)
         query = query.view(num_rows, self.heads.num_kv_heads, -1, self.heads.head_dim)
         gathered = store.index_select(0, decodes.block_ids).view(num_rows, -1, *store.shape[2:])
-        key, value = gathered.transpose(1, 3).unbind(2)  # [rows, kv heads, tokens, head_dim]
+        parts = gathered.transpose(1, 3).unbind(2)  # [rows, kv heads, tokens, head_dim] each
+        key, value = parts[0], parts[-1]  # one and the same if there are no values
         if scoring is not None:
             assert decodes.ahead is not None
             mask, ahead = decodes.mask.unsqueeze(3), decodes.ahead.unsqueeze(3)
@@ -216,10 +217,12 @@ class ReferencePlan:
         return x.view(len(x), self.heads.num_kv_heads, -1, self.heads.head_dim).permute(1, 2, 0, 3)
 
     def _keys(self, key_value: Tensor) -> tuple[Tensor, Tensor]:
-        """[tokens, 2, kv heads, head_dim] -> K and V as [kv heads, heads of one, tokens, head_dim], views."""
+        """[tokens, 2 or 1, kv heads, head_dim] -> K and V as [kv heads, heads of one, tokens, head_dim],
+        views.
+        """
         group = self.heads.num_heads // self.heads.num_kv_heads
-        key, value = key_value.permute(1, 2, 0, 3).unsqueeze(2).expand(-1, -1, group, -1, -1)
-        return key, value
+        parts = key_value.permute(1, 2, 0, 3).unsqueeze(2).expand(-1, -1, group, -1, -1)
+        return parts[0], parts[-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ output whole.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,36 @@ class SoftmaxTopK:
         if self.is_renormalised:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, chosen
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedTopK:
+    """The best experts of the best groups. DeepSeek V2 and V3, arXiv:2405.04434 and arXiv:2412.19437."""
+
+    num_chosen: int
+    is_renormalised: bool  # the chosen ones' weights sum to 1 before they are scaled
+    scoring: Literal["softmax", "sigmoid"]
+    scale: float  # on the weights
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    num_judged: int = 1  # a group is as good as the sum of so many of its best experts
+
+    def __call__(self, scores: Tensor, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """correction: [num_experts] float32, added for the choice but not to the weights."""
+        scores = scores.float()
+        weights = scores.softmax(-1) if self.scoring == "softmax" else scores.sigmoid()
+        ranking = weights if correction is None else weights + correction
+        if self.num_chosen_groups < self.num_groups:
+            grouped = ranking.unflatten(-1, (self.num_groups, -1))
+            merits = grouped.topk(self.num_judged, dim=-1).values.sum(-1)
+            best = merits.topk(self.num_chosen_groups, dim=-1).indices
+            is_out = torch.ones_like(merits, dtype=torch.bool).scatter_(-1, best, False)
+            ranking = grouped.masked_fill(is_out.unsqueeze(-1), float("-inf")).flatten(-2)
+        chosen = ranking.topk(self.num_chosen, dim=-1).indices
+        weights = weights.gather(-1, chosen)
+        if self.is_renormalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.scale, chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +102,8 @@ class SharedExpert:
 
 @dataclass(frozen=True, slots=True)
 class MoE:
-    router: Linear  # to one score an expert
+    router: Linear  # to one score an expert; in float32 if its weight is
+    router_dtype: torch.dtype
     routing: Routing
     experts: tuple[MLP, ...]  # this rank's part of each: their sums are left to `group`
     shared: SharedExpert | None
@@ -79,7 +111,7 @@ class MoE:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_tokens, hidden] -> [num_tokens, hidden], fresh."""
-        weights, chosen = self.routing(self.router(x))
+        weights, chosen = self.routing(self.router(x.to(self.router_dtype)))
         out = torch.zeros_like(x) if self.shared is None else self.shared(x)
         order = chosen.flatten().argsort(stable=True)  # the tokens of an expert lie together
         token_ids = order // chosen.shape[-1]

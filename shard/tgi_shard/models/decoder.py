@@ -78,6 +78,12 @@ class AttentionLayer:
         return self.out(attended)
 
 
+class AnyAttention(Protocol):
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """[num_tokens, hidden] -> [num_tokens, hidden], fresh."""
+        ...
+
+
 class DecoderLayer(Protocol):
     def apply_(self, hidden: Tensor, step: Step) -> None:
         """In place on [num_tokens, hidden]."""
@@ -89,7 +95,7 @@ class SequentialLayer:
     """Attention, then the MLP, each with norms on what it reads, on what it says, or on both."""
 
     attention_norm: AnyNorm | None
-    attention: AttentionLayer
+    attention: AnyAttention
     post_attention_norm: AnyNorm | None
     mlp_norm: AnyNorm | None
     mlp: MLP | MoE
@@ -114,7 +120,7 @@ class ParallelLayer:
     """Attention and the MLP side by side; their outputs are summed over ranks together."""
 
     attention_norm: AnyNorm
-    attention: AttentionLayer
+    attention: AnyAttention
     mlp_norm: AnyNorm | None  # None: the MLP reads what attention reads
     mlp: MLP
     group: Group
@@ -129,7 +135,7 @@ class ParallelLayer:
 class NormedSumLayer:
     """Attention, then the MLP, each followed by a norm of the sum, as in the first Transformer."""
 
-    attention: AttentionLayer
+    attention: AnyAttention
     attention_norm: AnyNorm
     mlp: MLP
     mlp_norm: AnyNorm

@@ -19,6 +19,7 @@ from tgi_shard.layers.norm import AnyNorm
 from tgi_shard.layers.rotary import Rope, Rotary
 from tgi_shard.models.attention_weights import load_attention, rope_of
 from tgi_shard.models.decoder import (
+    AnyAttention,
     Decoder,
     DecoderLayer,
     Embedding,
@@ -26,6 +27,7 @@ from tgi_shard.models.decoder import (
     ParallelLayer,
     SequentialLayer,
 )
+from tgi_shard.models.latent_attention_weights import load_latent_attention
 from tgi_shard.models.mlp_weights import load_mlp
 from tgi_shard.models.part import Part
 from tgi_shard.models.spec import DecoderSpec, UnsupportedModel
@@ -72,7 +74,13 @@ def load(spec: DecoderSpec, weights: Weights, group: Group) -> Decoder:
     embedding = _embedding(part, table)
     layers = tuple(_layer(part, layer, ropes) for layer in range(dims.num_layers))
     return Decoder(
-        kv_shape=KVShape(dims.num_layers, heads.num_kv_heads, dims.head_dim, weights.dtype),
+        kv_shape=KVShape(
+            dims.num_layers,
+            heads.num_kv_heads,
+            dims.head_dim,
+            weights.dtype,
+            has_values=spec.attention.latents is None,
+        ),
         embedding=embedding,
         rotaries=tuple(Rotary.of(rope, dims.head_dim, weights.dtype, weights.device) for rope in ropes),
         layers=layers,
@@ -150,7 +158,12 @@ def _head(part: Part, table: Tensor) -> Head:
 def _layer(part: Part, layer: int, ropes: tuple[Rope, ...]) -> DecoderLayer:
     spec, names = part.spec, part.spec.names
     prefix = part.prefix + names.layer.format(layer=layer)
-    attention = load_attention(part, layer, prefix, ropes)
+    latents = spec.attention.latents
+    attention: AnyAttention
+    if latents is None:
+        attention = load_attention(part, layer, prefix, ropes)
+    else:
+        attention = load_latent_attention(part, latents, layer, prefix, ropes)
     mlp = load_mlp(part, layer, prefix)
     if spec.norms == "before" and spec.residual != "sequential":
         assert names.attention_norm is not None

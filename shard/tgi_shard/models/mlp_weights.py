@@ -2,10 +2,13 @@
 
 from functools import partial
 
+import torch
+
+from tgi_shard.distributed import SINGLE
 from tgi_shard.layers.activation import ACTIVATIONS, Activation, clamped_gate, gate
-from tgi_shard.layers.linear import Piece, column_parallel, replicated, row_parallel
+from tgi_shard.layers.linear import Linear, Piece, column_parallel, replicated, row_parallel
 from tgi_shard.layers.mlp import MLP
-from tgi_shard.layers.moe import MoE, SharedExpert
+from tgi_shard.layers.moe import GroupedTopK, MoE, Routing, SharedExpert
 from tgi_shard.models import spec as specs
 from tgi_shard.models.part import Part, pieces
 from tgi_shard.quantization.dense import Dense
@@ -60,17 +63,38 @@ def _load_dense(
 
 
 def _load_moe(part: Part, moe: specs.MoE, names: Experts, prefix: str) -> MoE:
-    hidden_size = part.spec.dims.hidden_size
     for expert in range(moe.num_experts):
         for ours, theirs in names.stacked:
             part.weights.excerpts[prefix + ours.format(expert=expert)] = Excerpt(
                 prefix + theirs, expert, moe.num_experts
             )
     experts = tuple(_load_expert(part, moe, names, prefix, expert) for expert in range(moe.num_experts))
-    router = replicated(
-        part.weights, Dense(), prefix + names.router, hidden_size, moe.num_experts, moe.has_bias
+    return MoE(
+        router=_load_router(part, moe, prefix + names.router),
+        router_dtype=torch.float32 if moe.has_wide_router else part.weights.dtype,
+        routing=_routing(part, moe, names, prefix),
+        experts=experts,
+        shared=_load_shared(part, moe, names, prefix),
+        group=part.group,
     )
-    return MoE(router, moe.routing, experts, _load_shared(part, moe, names, prefix), part.group)
+
+
+def _load_router(part: Part, moe: specs.MoE, module: str) -> Linear:
+    hidden_size, method = part.spec.dims.hidden_size, Dense()
+    if not moe.has_wide_router:
+        return replicated(part.weights, method, module, hidden_size, moe.num_experts, moe.has_bias)
+    assert not moe.has_bias
+    shape = (moe.num_experts, hidden_size)
+    weight = part.weights.read(f"{module}.weight", shape, dtype=torch.float32)
+    return Linear(method, method.prepare({"weight": weight}), None, SINGLE)
+
+
+def _routing(part: Part, moe: specs.MoE, names: Experts, prefix: str) -> Routing:
+    if names.correction is None:
+        return moe.routing
+    assert isinstance(moe.routing, GroupedTopK)
+    correction = part.weights.read(prefix + names.correction, (moe.num_experts,), dtype=torch.float32)
+    return partial(moe.routing, correction=correction)
 
 
 def _load_expert(part: Part, moe: specs.MoE, names: Experts, prefix: str, expert: int) -> MLP:

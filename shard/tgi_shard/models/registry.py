@@ -25,6 +25,8 @@ from tgi_shard.models.architectures import (
     cohere,
     cohere2,
     dbrx,
+    deepseek_v2,
+    deepseek_v3,
     exaone4,
     falcon,
     gemma,
@@ -75,6 +77,7 @@ _ARCHITECTURES: tuple[ModuleType, ...] = (
     *(gemma, gemma2, gemma3, phi, phi3, phimoe, cohere, cohere2),
     *(falcon, starcoder2, gpt_bigcode, gpt2, gptj, gpt_neo, gpt_neox, gpt_oss, bloom, mpt, opt),
     *(baichuan, stablelm, olmo, olmo2, olmo3, olmoe, granite, granitemoe, smollm3, glm, glm4, exaone4, dbrx),
+    *(deepseek_v2, deepseek_v3),
 )
 BY_MODEL_TYPE = {model_type: module for module in _ARCHITECTURES for model_type in module.MODEL_TYPES}
 

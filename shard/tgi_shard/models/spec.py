@@ -165,6 +165,21 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class Latents:
+    """Keys and values out of one narrow vector a token, see models/latent_attention.py.
+
+    For attention itself, and so in Dims, there is one KV head with kv_rank + rope_dim features.
+    """
+
+    query_rank: int | None  # queries come out of a narrow vector too; None: of the hidden states
+    kv_rank: int
+    plain_dim: int  # features of a head's query and key that do not turn
+    rope_dim: int  # those that do: the last ones
+    value_dim: int
+    norm_eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     qkv_bias: bool
     out_bias: bool
@@ -183,6 +198,8 @@ class Attention:
     # How one fused module orders its output features: all queries, all keys, all values; or for each KV head
     # its queries, its key, its value.
     qkv_layout: Literal["sections", "groups"] = "sections"
+    # In place of QKV; `qkv_bias` is then that of the linears that lead to narrow vectors.
+    latents: Latents | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +226,7 @@ class MoE:
         None  # intermediate size of an expert that sees every token; None: there is none
     )
     shared_gate: bool = False  # its output is weighed by a sigmoid
+    has_wide_router: bool = False  # in float32, whatever the model's dtype
     # How the checkpoint stores the experts' linears, see DecoderSpec.weight_layout.
     in_layout: Literal["out_in", "in_out"] = "out_in"
     out_layout: Literal["out_in", "in_out"] = "out_in"
@@ -249,6 +267,17 @@ def layer_windows(config: HFConfig) -> tuple[int | None, ...] | None:
     return tuple(
         config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
     )
+
+
+def latent_scale(config: HFConfig, override: RopeOverride | None) -> float:
+    """DeepSeek's `Attention.scales`: with yarn's factor, also for the features that do not turn."""
+    scale = float((config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5)
+    parameters = config.rope_parameters
+    mscale = parameters.get("mscale_all_dim")
+    if override is not None or parameters.get("rope_type", "default") == "default" or not mscale:
+        return scale
+    factor = float(parameters["factor"])
+    return scale * (0.1 * mscale * math.log(factor) + 1.0) ** 2 if factor > 1 else scale
 
 
 def sparse_layers(config: HFConfig) -> tuple[bool, ...]:

@@ -49,10 +49,19 @@ class Weights:
         stored = self.checkpoint.dtype(self._source(name)) if name in self else self.dtype
         return self.dtype if stored.is_floating_point else stored
 
-    def read(self, name: str, shape: tuple[int, ...], ranges: Ranges | None = None) -> Tensor:
-        """This rank's cut of a tensor whose whole must have `shape`: fresh memory on the device."""
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        ranges: Ranges | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """This rank's cut of a tensor whose whole must have `shape`: fresh memory on the device.
+
+        dtype: None for that of the model.
+        """
         part = self._lazy(name, shape, ranges)
-        target = torch.empty(part.shape, dtype=self.local_dtype(name), device=self.device)
+        target = torch.empty(part.shape, dtype=dtype or self.local_dtype(name), device=self.device)
         target.copy_(part)
         self._count(name)
         return target

@@ -3,7 +3,7 @@
 `prefix` is what the names of a whole language model start with; exports of the bare decoder leave it away.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,19 @@ class Experts:
     shared_in: tuple[str, ...] = ()
     shared_out: str = ""
     shared_gate: str = ""
+    correction: str | None = None  # a tensor: see layers/moe.GroupedTopK
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """In place of `qkv`: modules that lead to narrow vectors, their norms, modules that lead on."""
+
+    query_down: str | None  # None: `query_up` reads the hidden states
+    query_norm: str | None
+    query_up: str
+    kv_down: str  # the latent, then the key features that turn
+    kv_norm: str
+    kv_up: str  # of each head, its key features and then its values
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,7 @@ class Names:
     key_norm: str | None = None
     sinks: str | None = None  # a tensor, not a module
     experts: Experts | None = None
+    latents: Latents | None = None
 
 
 LLAMA = Names(
@@ -62,6 +76,32 @@ LLAMA = Names(
     attention_out="self_attn.o_proj",
     mlp_in=("mlp.gate_proj", "mlp.up_proj"),
     mlp_out="mlp.down_proj",
+)
+
+_LATENTS = Latents(
+    query_down="self_attn.q_a_proj",
+    query_norm="self_attn.q_a_layernorm",
+    query_up="self_attn.q_b_proj",
+    kv_down="self_attn.kv_a_proj_with_mqa",
+    kv_norm="self_attn.kv_a_layernorm",
+    kv_up="self_attn.kv_b_proj",
+)
+
+DEEPSEEK = replace(
+    LLAMA,
+    qkv=(),
+    latents=_LATENTS,
+    experts=Experts(
+        router="mlp.gate",
+        mlp_in=("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj"),
+        mlp_out="mlp.experts.{expert}.down_proj",
+        shared_in=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        shared_out="mlp.shared_experts.down_proj",
+    ),
+)
+# Without a narrow vector for the queries.
+DEEPSEEK_LITE = replace(
+    DEEPSEEK, latents=replace(_LATENTS, query_down=None, query_norm=None, query_up="self_attn.q_proj")
 )
 
 GPT2 = Names(
