@@ -9,7 +9,6 @@ import torch
 import tiny_models
 from tgi_shard.distributed import SINGLE, Group
 from tgi_shard.engine import Engine, PendingResult
-from tgi_shard.kv_cache import KVCache
 from tgi_shard.models.registry import load_model
 from tgi_shard.plan import AddSequence, StepPlan, StepResult
 from tgi_shard.sampling.parameters import SamplingParameters
@@ -25,14 +24,16 @@ def load_engine(
 ) -> Engine:
     device = torch.device("cpu")
     loaded = load_model(path, dtype=torch.float32, device=device, group=group)
+    kv_shape = loaded.model.kv_shape
+    block_size = BLOCK_SIZE if kv_shape.can_share_prefixes else max_total_tokens
     return Engine(
         loaded.model,
-        KVCache.allocate(loaded.model.kv_shape, num_blocks, BLOCK_SIZE, device),
+        kv_shape.allocate(num_blocks, block_size, device),
         Slots(
             max_sequences=MAX_SEQUENCES,
             max_total_tokens=max_total_tokens,
             num_blocks=num_blocks,
-            block_size=BLOCK_SIZE,
+            block_size=block_size,
             vocab_size=loaded.vocab_size,
             device=device,
         ),
@@ -104,7 +105,7 @@ class Driver:
         """
         stream.blocks = list(shared_blocks or [])
         stream.num_known = len(stream.prompt) + len(stream.output)
-        stream.num_computed = len(stream.blocks) * BLOCK_SIZE
+        stream.num_computed = len(stream.blocks) * self.engine.slots.block_size
         self.streams[sequence_id] = stream
         self._add.append(
             AddSequence(
@@ -132,7 +133,7 @@ class Driver:
         for sequence_id, stream in self.streams.items():
             num_tokens = min(self.chunk, stream.num_known - stream.num_computed)
             stream.num_computed += num_tokens
-            num_blocks = -(-stream.num_computed // BLOCK_SIZE)
+            num_blocks = -(-stream.num_computed // self.engine.slots.block_size)
             granted = self._to_grant.pop(sequence_id, [])
             while len(stream.blocks) < num_blocks:
                 stream.blocks.append(self._free.pop(0))

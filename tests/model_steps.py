@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tgi_shard.kv_cache import KVCache
 from tgi_shard.models.registry import LoadedModel
 from tgi_shard.step import StepInputs
 
@@ -37,7 +36,10 @@ class Stepper:
     ) -> None:
         self.loaded = loaded
         self.device = device
-        self.kv_cache = KVCache.allocate(loaded.model.kv_shape, num_blocks, block_size, self.device)
+        kv_shape = loaded.model.kv_shape
+        if not kv_shape.can_share_prefixes:
+            block_size = 512  # one block a sequence
+        self.kv_cache = kv_shape.allocate(num_blocks, block_size, self.device)
         self.free = list(range(num_blocks))
         random.Random(seed).shuffle(self.free)
 

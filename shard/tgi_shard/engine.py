@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from tgi_shard.distributed import Group
-from tgi_shard.kv_cache import KVCache
-from tgi_shard.models.decoder import Model
+from tgi_shard.models.model import Memory, Model
 from tgi_shard.plan import FailedSequence, Masks, PromptLogprobs, StepPlan, StepResult
 from tgi_shard.sampling.grammar import AllowedTokens
 from tgi_shard.sampling.logprobs import TopTokens, token_logprobs
@@ -68,7 +67,7 @@ class Broken:
 
 
 class Engine:
-    def __init__(self, model: Model, kv_cache: KVCache, slots: Slots, sampler: Sampler, group: Group) -> None:
+    def __init__(self, model: Model, kv_cache: Memory, slots: Slots, sampler: Sampler, group: Group) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.slots = slots

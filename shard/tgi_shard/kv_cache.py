@@ -1,6 +1,7 @@
 """The KV tensors: one store a layer, cut into blocks that the router grants."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class KVShape:
     """What one token costs on this rank."""
+
+    can_share_prefixes: ClassVar[bool] = True
 
     num_layers: int
     local_num_kv_heads: int
@@ -25,6 +28,13 @@ class KVShape:
         """Bytes of a block of `block_size` tokens: K and V of every layer."""
         num_elements = self.num_parts * self.local_num_kv_heads * self.head_dim
         return self.num_layers * num_elements * block_size * self.dtype.itemsize
+
+    def block_size(self, device: torch.device, longest: int) -> int:
+        """Tokens in a block, of whatever length the sequences will be."""
+        return 64 if device.type == "cuda" else 32
+
+    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> "KVCache":
+        return KVCache.allocate(self, num_blocks, block_size, device)
 
 
 @dataclass(frozen=True, slots=True)

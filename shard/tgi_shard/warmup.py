@@ -17,10 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tgi_shard.attention.backend import preferred_block_size
 from tgi_shard.distributed import Group
 from tgi_shard.engine import Engine
-from tgi_shard.kv_cache import KVCache
 from tgi_shard.models.registry import LoadedModel
 from tgi_shard.plan import AddSequence, StepPlan
 from tgi_shard.sampling.parameters import SamplingParameters
@@ -77,9 +75,11 @@ def warm_up(
 
     `on_step` is told how many seconds each step took. Raises NotEnoughMemory, on all ranks or on none.
     """
-    block_size = preferred_block_size(device)
     kv_shape = loaded.model.kv_shape
     longest = limits.max_total_tokens or loaded.max_position_embeddings
+    block_size = kv_shape.block_size(device, longest)
+    if not kv_shape.can_share_prefixes:
+        longest = block_size  # a sequence has one block, however long it grows
 
     peak_bytes = _run_largest_step(loaded, sampler, group, device, block_size, limits, on_step)
     if device.type == "cuda":
@@ -91,14 +91,14 @@ def warm_up(
         kv_bytes = min(int(_available_cpu_bytes() * CPU_SHARE) // group.world_size, MAX_CPU_KV_BYTES)
     bytes_per_block = kv_shape.bytes_per_block(block_size)
     num_blocks = group.all_reduce_min(max(0, kv_bytes) // bytes_per_block)
-    if device.type == "cpu" and longest:
-        num_blocks = min(num_blocks, limits.max_sequences * -(-longest // block_size))
     if num_blocks < MIN_BLOCKS or num_blocks * block_size < limits.max_total_tokens:
         raise NotEnoughMemory(
             f"Not enough memory to handle `max_total_tokens={limits.max_total_tokens}`: "
             f"{max(0, kv_bytes) / 2**20:.0f} MiB are left for the KV cache, which is {num_blocks} blocks of "
             f"{block_size} tokens"
         )
+    if longest and (device.type == "cpu" or not kv_shape.can_share_prefixes):  # the rest would lie idle
+        num_blocks = min(num_blocks, limits.max_sequences * -(-longest // block_size))
     max_total_tokens = limits.max_total_tokens or min(
         num_blocks * block_size, longest or num_blocks * block_size
     )
@@ -108,7 +108,7 @@ def warm_up(
         block_size,
         num_blocks * bytes_per_block / 2**30,
     )
-    kv_cache = KVCache.allocate(kv_shape, num_blocks, block_size, device)
+    kv_cache = kv_shape.allocate(num_blocks, block_size, device)
     slots = Slots(
         max_sequences=limits.max_sequences,
         max_total_tokens=max_total_tokens,
@@ -152,7 +152,7 @@ def _run_largest_step(
         vocab_size=loaded.vocab_size,
         device=device,
     )
-    kv_cache = KVCache.allocate(loaded.model.kv_shape, slots.num_kv_blocks, block_size, device)
+    kv_cache = loaded.model.kv_shape.allocate(slots.num_kv_blocks, block_size, device)
     engine = Engine(loaded.model, kv_cache, slots, sampler, group)
     prefill = StepPlan(
         step_id=1,

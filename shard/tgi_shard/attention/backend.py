@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from tgi_shard.kv_cache import KVCache
@@ -50,8 +49,3 @@ class AttentionBackend(Protocol):
     def plan(self, inputs: StepInputs, kv_cache: KVCache) -> AttentionPlan:
         """What depends on the batch alone, once a step."""
         ...
-
-
-def preferred_block_size(device: torch.device) -> int:
-    """Tokens in a block of the KV cache."""
-    return 64 if device.type == "cuda" else 32

@@ -18,20 +18,6 @@ from tgi_shard.layers.rotary import Rotary, Rotation
 from tgi_shard.step import StepInputs
 
 
-class Model(Protocol):
-    """What the engine runs."""
-
-    @property
-    def kv_shape(self) -> KVShape: ...
-
-    def forward(self, inputs: StepInputs, kv_cache: KVCache) -> Tensor:
-        """One step: [L, vocab_size] float32 logits, whole on every rank; K and V are written to their slots.
-
-        Under torch.inference_mode(), which is the caller's duty.
-        """
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all layers of a step share."""

@@ -62,7 +62,7 @@ from tgi_shard.models.architectures import (
     stablelm,
     starcoder2,
 )
-from tgi_shard.models.decoder import Model
+from tgi_shard.models.model import Model
 from tgi_shard.models.rope_override import RopeOverride
 from tgi_shard.models.spec import DecoderSpec, HFConfig, UnsupportedModel
 from tgi_shard.weights.checkpoint import Checkpoint
