@@ -136,7 +136,11 @@ def test_random_walk(seed: int) -> None:
     walk = Walk(
         num_blocks=64 // block_size + rng.randrange(4),
         block_size=block_size,
-        limits=Limits(max_step_tokens=max_sequences + rng.randrange(1, 24), max_sequences=max_sequences),
+        limits=Limits(
+            max_step_tokens=max_sequences + rng.randrange(1, 24),
+            max_sequences=max_sequences,
+            min_tokens_to_wait_for=rng.choice((1, 8, 64)),
+        ),
         share_prefixes=seed % 4 != 0,
     )
     for _ in range(300):
@@ -192,6 +196,35 @@ def test_a_second_turn_finds_the_first_ones_blocks() -> None:
     walk.add(conversation, 4, 4)
     walk.run_dry()
     assert walk.scheduler.num_hit_tokens == 28  # 31 of the first 32 tokens were computed: 7 full blocks
+    walk.check_answers()
+
+
+def test_choices_that_come_together_share_one_prefill() -> None:
+    walk = Walk(num_blocks=256, block_size=4, limits=Limits(max_step_tokens=512, max_sequences=8))
+    prompt = tuple(range(50)) * 4
+    for _ in range(5):
+        walk.add(prompt, 4, 4)
+    other = walk.add((7,) * 30, 4, 4)
+    walk.send()
+    rows = {row.sequence.sequence_id: row.num_tokens for row in walk.in_flight[-1][0].rows}
+    assert rows == {
+        1: 200,
+        other.sequence_id: 30,
+    }  # nobody else computes the prompt; who shares nothing passes
+    walk.run_dry()
+    assert walk.scheduler.num_hit_tokens == 4 * 196  # all but the block of the last token
+    walk.check_answers()
+
+
+def test_who_waits_for_a_prompt_that_is_cancelled_computes_its_own() -> None:
+    walk = Walk(num_blocks=256, block_size=4, limits=Limits(max_step_tokens=64, max_sequences=8))
+    prompt = tuple(range(50)) * 4
+    first = walk.add(prompt, 4, 4)
+    walk.add(prompt, 4, 4)
+    walk.send()
+    walk.cancel(first)
+    walk.run_dry()
+    assert len(walk.finished) == 1
     walk.check_answers()
 
 

@@ -9,7 +9,9 @@ The order of a plan:
    running sequence is preempted: it leaves the shards and waits at the front of the queue. Its tokens stay
    with us, and most of its blocks with the prefix cache.
 3. What is left of the token budget goes to prompts under way, oldest first, chunk by chunk.
-4. Then waiting sequences are admitted, first come first served, while budget, blocks and places last.
+4. Then waiting sequences are admitted, first come first served, while budget, blocks and places last. One
+   whose prompt a running sequence is computing right now (choices of one request, a shared beginning) waits
+   for those blocks instead of computing them again; who stands behind it may pass.
 
 A plan may be made while earlier ones are still in flight: a sequence whose next token is not known yet is
 planned as if it went on. What a result then ends has been computed once too often, and that surplus token
@@ -30,6 +32,8 @@ from tgi_router.scheduling.sequence import Sequence
 class Limits:
     max_step_tokens: int  # tokens in one plan; decodes are never held back by it
     max_sequences: int  # running at a time
+    # Fewer tokens than these are computed twice rather than waited for: the delay would cost more.
+    min_tokens_to_wait_for: int = 64
 
 
 class Scheduler:
@@ -156,11 +160,17 @@ class Scheduler:
         return budget
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        while budget > 0 and len(self.running) < self.limits.max_sequences:
-            sequence = self.waiting.peek()
+        prompts = [other for other in self.running.values() if other.num_computed < other.num_prompt_tokens]
+        for sequence in tuple(self.waiting):
             # A preempted sequence comes back once the results under way have told all its tokens.
-            if sequence is None or sequence.num_plans_in_flight > 0:
+            if (
+                budget <= 0
+                or len(self.running) == self.limits.max_sequences
+                or sequence.num_plans_in_flight > 0
+            ):
                 break
+            if any(self._is_worth_waiting_for(prompt, sequence) for prompt in prompts):
+                continue
             # Who runs already needs a block now and then: admitting must not lead to preempting at once.
             allocation = self.allocator.allocate(
                 sequence.token_ids,
@@ -177,6 +187,24 @@ class Scheduler:
             self.num_hit_tokens += allocation.num_cached_tokens
             plan.add.append(AddedSequence(sequence, allocation.num_cached_tokens))
             budget -= self._run(plan, sequence, min(sequence.num_pending, budget), allocation.block_ids)
+            prompts.append(sequence)
+
+    def _is_worth_waiting_for(self, prompt: Sequence, sequence: Sequence) -> bool:
+        """Whether the prefix cache will soon have, from `prompt` that runs, at least half of what `sequence`
+        would have to compute now, and enough of it.
+        """
+        if not self.allocator.share_prefixes or sequence.wants_prompt_logprobs:
+            return False
+        size = self.allocator.block_size
+        num_tokens = len(sequence.token_ids)
+        num_cached = prompt.num_computed // size * size
+        num_shared = ceil_div(num_cached + ceil_div(num_tokens - num_cached, 2), size) * size
+        if num_shared - num_cached < self.limits.min_tokens_to_wait_for:
+            return False
+        # The last token is always computed, and a block that output goes into is not shared before it is full.
+        if num_shared > min(num_tokens - 1, prompt.num_prompt_tokens):
+            return False
+        return prompt.token_ids[:num_shared] == sequence.token_ids[:num_shared]
 
     def _run(
         self, plan: StepPlan, sequence: Sequence, num_tokens: int, new_block_ids: tuple[int, ...]
