@@ -38,9 +38,8 @@ from tgi_router.api.openai_completions import CompletionRoutes
 from tgi_router.api.replies import (
     Handler,
     answering_errors,
-    error_reply,
-    openai_error_reply,
     record_failure,
+    reply_to,
 )
 from tgi_router.api.requests import RequestRoutes
 from tgi_router.api.sagemaker import SageMakerRoutes
@@ -145,9 +144,7 @@ def build(
         """The server logs the exception itself."""
         error = IncompleteGeneration()
         record_failure(metrics, error, request.url.path)
-        if request.url.path.startswith("/v1/"):
-            return openai_error_reply(error.status, str(error), error.error_type)
-        return error_reply(error)
+        return reply_to(error, in_openai_shape=request.url.path.startswith("/v1/"))
 
     rows = endpoints.table(settings.vertex_predict_path, settings.vertex_health_path)
     generating: dict[str, Handler] = {

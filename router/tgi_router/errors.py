@@ -12,6 +12,7 @@ class RequestError(Exception):
     status: ClassVar[int]
     error_type: ClassVar[str]
     counted_as: ClassVar[str | None] = None
+    retry_after_s: int | None = None  # whole seconds after which trying again makes sense
 
 
 class ValidationError(RequestError):
@@ -24,7 +25,13 @@ class ValidationError(RequestError):
 
 
 class Overloaded(RequestError):
+    """More requests than permits."""
+
     status, error_type, counted_as = 429, "overloaded", "overloaded"
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__()
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return "Model is overloaded"

@@ -20,13 +20,13 @@ from tgi_router.errors import (
     Cancelled,
     ClientGone,
     GenerationFailed,
-    Overloaded,
     RequestError,
     ShardsUnavailable,
     ShuttingDown,
     UnknownRequest,
 )
 from tgi_router.metrics import Metrics
+from tgi_router.permits import Permits
 from tgi_router.request import FinishReason, Listener, Request, SampledToken
 from tgi_router.scheduling.step_loop import ShardsGone
 from tgi_router.text.detokenizer import Detokenizer, final_text
@@ -337,6 +337,7 @@ class Run:
         generation = self._generation
         generation.forget(self)
         generation.permits.give_back(len(self.answers))
+        generation.permits.observe((generation.clock_ns() - self._queued_ns) / 1e9)
         for answer, sequence_id in self._sequence_ids.items():
             if not answer.is_over:
                 generation.steps.cancel(sequence_id)
@@ -388,22 +389,6 @@ class Run:
     def submit(self) -> None:
         for answer in self.answers:
             self._sequence_ids[answer] = self._generation.steps.submit(answer.request, answer)
-
-
-class Permits:
-    """How many generations may be under way at a time. Nobody waits for one."""
-
-    def __init__(self, count: int) -> None:
-        self._num_free = count
-
-    def take(self, count: int) -> None:
-        """All or none. Raises Overloaded."""
-        if count > self._num_free:
-            raise Overloaded
-        self._num_free -= count
-
-    def give_back(self, count: int) -> None:
-        self._num_free += count
 
 
 class Generation:

@@ -219,12 +219,17 @@ async def test_overload(tmp_path: Path) -> None:
         assert sorted(response.status_code for response in responses) == [200, 200, 429, 429, 429]
         refused = next(response for response in responses if response.status_code == 429)
         assert refused.json() == {"error": "Model is overloaded", "error_type": "overloaded"}
-        assert "retry-after" not in refused.headers
+        assert refused.headers["retry-after"] == "1"
         blocked = asyncio.create_task(router.post("/generate", native(best_of=2, do_sample=True)))
         await asyncio.sleep(0.02)
         (event,) = frames(await router.post("/generate_stream", native()))
         assert event["error_type"] == "overloaded"
-        assert (await router.post("/v1/completions", {"prompt": "a", "stream": True})).status_code == 429
+        for path, body in (
+            ("/v1/completions", {"prompt": "a", "stream": True}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ):
+            refused = await router.post(path, body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert (await blocked).status_code == 200
 
 

@@ -4,7 +4,7 @@ import pytest
 from simulate import simulate
 from simulator import Simulation, Violation
 
-from tgi_router.generation import Permits
+from tgi_router.permits import Permits
 from tgi_router.scheduling.block_allocator import BlockAllocator
 from tgi_router.scheduling.scheduler import Scheduler
 

@@ -5,7 +5,7 @@ from starlette.responses import Response
 
 from tgi_router.api.body import BodyReader
 from tgi_router.api.native import draft_of
-from tgi_router.api.replies import JSONReply, error_reply
+from tgi_router.api.replies import JSONReply, reply_to
 from tgi_router.api.sse import ClientWatch
 from tgi_router.api.vertex import close_all
 from tgi_router.errors import LengthMismatch, NotUTF8, Unhealthy
@@ -40,7 +40,7 @@ class KServeRoutes:
 
     async def ready(self, _: Request) -> Response:
         if self._generation.is_draining or not self._step_loop.is_healthy:
-            return error_reply(Unhealthy())
+            return reply_to(Unhealthy(), in_openai_shape=False)
         return JSONReply(Live(live=True))
 
     async def model_metadata(self, request: Request) -> Response:

@@ -167,4 +167,9 @@ def _error(row: Endpoint, status: int, schema_of: dict[str, Any]) -> dict[str, A
             # Who stands for routes of both families answers like the one that the body is made for.
             shapes = (ErrorReply, OpenAIErrorReply) if len(row.bodies) > 1 else (ErrorReply,)
             content[JSON] = {"schema": _any_of(shapes, schema_of)}
-    return {"description": REASONS[status], "content": content}
+    error: dict[str, Any] = {"description": REASONS[status], "content": content}
+    if status == 429:
+        error["headers"] = {
+            "retry-after": {"description": "Seconds to wait", "schema": {"type": "integer", "minimum": 1}}
+        }
+    return error

@@ -31,8 +31,14 @@ class JSONReply(Response):
         return encode_json(content)
 
 
-def error_reply(error: RequestError) -> JSONReply:
-    return JSONReply(ErrorReply(str(error), error.error_type), error.status)
+def reply_to(error: RequestError, *, in_openai_shape: bool) -> JSONReply:
+    if in_openai_shape:
+        reply = openai_error_reply(error.status, str(error), error.error_type)
+    else:
+        reply = JSONReply(ErrorReply(str(error), error.error_type), error.status)
+    if error.retry_after_s is not None:
+        reply.headers["retry-after"] = str(error.retry_after_s)
+    return reply
 
 
 def openai_error_reply(status: int, message: str, error_type: str, **more: str) -> JSONReply:
@@ -61,9 +67,7 @@ def answering_errors(handler: Handler, metrics: Metrics, *, json_body_errors: bo
             return await handler(request)
         except RequestError as error:
             record_failure(metrics, error, request.url.path)
-            if json_body_errors:
-                return openai_error_reply(error.status, str(error), error.error_type)
-            return error_reply(error)
+            return reply_to(error, in_openai_shape=json_body_errors)
         except BodyError as error:
             log.error(str(error), route=request.url.path)
             if json_body_errors:
