@@ -9,7 +9,7 @@ exactly.
 
 import asyncio
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,6 +28,9 @@ from tgi_router.shards.client import ModelFacts, ShardsLost, WarmupSizes, decode
 VOCAB_SIZE = 200
 EOS_TOKEN_ID = 7
 MAX_TOTAL_TOKENS = 48
+POISON = 150  # the token that kills the shards, where poison is among the faults
+MAX_LOSSES_BY_ONE = 4  # two to notice, two to prove
+MIN_LOSSES_TO_BLAME = 3  # kills from outside that meet a sequence so often may be laid at its door
 LONGEST_SCHEDULE_S = 3600.0  # of simulated time: who is not served by then has starved
 
 
@@ -45,6 +48,7 @@ class Faults:
     shrink: float = 0.0  # restarted shards have fewer blocks
     not_finite: float = 0.0  # a sequence of a step cannot be sampled
     abort: float = 0.0  # a client leaves at some moment
+    poison: float = 0.0  # a prompt holds a token that kills the shards when it is computed; so does an output
 
     @classmethod
     def draw(cls, rng: random.Random) -> "Faults":
@@ -56,6 +60,7 @@ class Faults:
             "shrink": (0.0, 0.0, 0.3),
             "not_finite": (0.0, 0.0, 0.02),
             "abort": (0.0, 0.1, 0.5),
+            "poison": (0.0, 0.0, 0.2),
         }
         return cls(**{name: rng.choice(choices) for name, choices in levels.items()})
 
@@ -69,7 +74,9 @@ class SimulatedGroup:
         self.shard = shard
         self.failed: set[int] = set()  # sequences that were told to have failed
         self.check: Callable[[], None] = lambda: None  # after every event
-        self.num_crashes = 0
+        self.num_crashes_near: Counter[int] = Counter()  # from outside, by the sequences that were there
+        self.poisonous: set[int] = set()  # sequences that killed the shards
+        self.num_poisonings = 0
 
     async def connect(self, sizes: WarmupSizes) -> ModelFacts:
         await asyncio.sleep(self.rng.uniform(0.0, 2.0))
@@ -94,6 +101,15 @@ class SimulatedGroup:
             block_size=self.shard.block_size,
             max_total_tokens=MAX_TOTAL_TOKENS,
         )
+
+    def poisonous_of(self, plan: pb.StepPlan) -> set[int]:
+        """Sequences of a plan that has just run in which it computed the poison."""
+        running = {sequence_id: self.shard.sequences[sequence_id] for sequence_id in plan.run_sequence_ids}
+        return {
+            sequence_id
+            for sequence_id, sequence in running.items()
+            if POISON in sequence.token_ids[: sequence.num_computed]
+        }
 
     def open(self, wake: Callable[[], None]) -> "SimulatedStream":
         return SimulatedStream(self, wake)
@@ -128,17 +144,29 @@ class SimulatedStream:
             plan = pb.RunRequest.FromString(await self._plans.get()).plan
             await asyncio.sleep(30.0 if rng.random() < group.faults.stall else rng.uniform(0.001, 0.05))
             if rng.random() < group.faults.crash:
-                group.num_crashes += 1
-                self.lost = ShardsLost("crashed")
-                self._wake()
+                while True:
+                    group.num_crashes_near.update(plan.run_sequence_ids)
+                    if self._plans.empty():
+                        break
+                    plan = pb.RunRequest.FromString(self._plans.get_nowait()).plan
+                self._lose("crashed")
                 return
             result = group.shard.apply(plan)
+            if group.faults.poison and (poisonous := group.poisonous_of(plan)):
+                group.poisonous.update(poisonous)
+                group.num_poisonings += 1
+                self._lose("poisoned")
+                return
             if result.sequence_ids and rng.random() < group.faults.not_finite:
                 self._fail(result, rng.randrange(len(result.sequence_ids)))
             self.results.append(decode_result(result.SerializeToString()))
             self._wake()
             if rng.random() < 0.3:
                 await asyncio.sleep(0)  # the router may look now, or find two results at once
+
+    def _lose(self, reason: str) -> None:
+        self.lost = ShardsLost(reason)
+        self._wake()
 
     def _fail(self, result: pb.StepResult, row: int) -> None:
         """As a shard does: the sequence is dropped and told, its neighbours go on."""
@@ -194,6 +222,7 @@ class Tally:
     aborted: int = 0
     overloaded: int = 0
     failed: int = 0
+    poisoned: int = 0  # of the failed: guilty of losing the shards
     tokens: int = 0
 
 
@@ -252,6 +281,9 @@ class Simulation:
         rng = self.rng
         await asyncio.sleep(rng.choice((0.0, rng.uniform(0.0, 3.0))))
         prompt = tuple(rng.randrange(3) for _ in range(rng.randrange(1, 30)))
+        if rng.random() < self.group.faults.poison:
+            place = rng.randrange(len(prompt))
+            prompt = (*prompt[:place], POISON, *prompt[place + 1 :])
         max_new_tokens = rng.randrange(1, MAX_TOTAL_TOKENS - len(prompt) + 1)
         asked = Asked(
             [
@@ -297,9 +329,7 @@ class Simulation:
                 if answer not in open_answers:
                     raise Violation("news of an answer that is over")
                 if token is None:
-                    if not isinstance(answer.error, GenerationFailed) or not self.group.failed:
-                        raise Violation(f"an answer ended with {answer.error!r}")
-                    self.tally.failed += 1
+                    self._check_failure(run, answer)
                     open_answers.discard(answer)
                     continue
                 token_ids = expected[answer]
@@ -313,6 +343,19 @@ class Simulation:
                         raise Violation("an answer ended too early")
                     self.tally.answered += 1
                     open_answers.discard(answer)
+
+    def _check_failure(self, run: Run, answer: Answer) -> None:
+        """Only who is guilty fails, or looked guilty: kills from outside met it again and again."""
+        sequence_id = run._sequence_ids[answer]
+        group = self.group
+        is_guilty = sequence_id in group.poisonous
+        is_unlucky = group.num_crashes_near[sequence_id] >= MIN_LOSSES_TO_BLAME
+        if not isinstance(answer.error, GenerationFailed) or not (
+            sequence_id in group.failed or is_guilty or is_unlucky
+        ):
+            raise Violation(f"an answer ended with {answer.error!r}")
+        self.tally.failed += 1
+        self.tally.poisoned += is_guilty
 
     async def _take(self, mailbox: Mailbox) -> list[tuple[Answer, GeneratedToken | None]]:
         try:
@@ -334,6 +377,8 @@ class Simulation:
 
     async def _check_nothing_is_left(self) -> None:
         await asyncio.sleep(60.0)  # the last plan drops what ended
+        if self.group.num_poisonings > MAX_LOSSES_BY_ONE * len(self.group.poisonous):
+            raise Violation("a poisonous sequence was tried too often")
         if self.step_loop._sequences:
             raise Violation("a sequence outlived its client")
         if self.step_loop._scheduler.allocator.num_held:

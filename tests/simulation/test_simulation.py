@@ -1,12 +1,16 @@
 """Short schedules of faults, hundreds of them; `make simulate` runs twenty thousand."""
 
+from collections.abc import Iterable
+
 import pytest
 from simulate import simulate
 from simulator import Simulation, Violation
 
 from tgi_router.permits import Permits
+from tgi_router.scheduling.blame import Blame
 from tgi_router.scheduling.block_allocator import BlockAllocator
 from tgi_router.scheduling.scheduler import Scheduler
+from tgi_router.scheduling.sequence import Sequence
 
 NUM_SCHEDULES = 600
 
@@ -15,7 +19,8 @@ def test_no_schedule_breaks_a_promise() -> None:
     total = simulate(range(NUM_SCHEDULES))
     # The schedules are worth something: all of this has happened, and often.
     assert total["answered"] > NUM_SCHEDULES
-    assert min(total["aborted"], total["overloaded"], total["failed"]) > NUM_SCHEDULES // 50
+    few = ("aborted", "overloaded", "failed", "poisoned")
+    assert min(total[name] for name in few) > NUM_SCHEDULES // 50
 
 
 def test_a_schedule_replays_exactly() -> None:
@@ -45,6 +50,15 @@ def test_it_finds_a_lost_resume(monkeypatch: pytest.MonkeyPatch) -> None:
         restart(self, allocator)
 
     monkeypatch.setattr(Scheduler, "restart", forget_one)
+    with pytest.raises(Violation):
+        simulate(range(NUM_SCHEDULES))
+
+
+def test_it_finds_blame_on_an_innocent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blame_the_first(self: Blame, in_flight: Iterable[Sequence], **_: object) -> Sequence | None:
+        return next(iter(in_flight), None)
+
+    monkeypatch.setattr(Blame, "lost", blame_the_first)
     with pytest.raises(Violation):
         simulate(range(NUM_SCHEDULES))
 

@@ -9,9 +9,14 @@ The order of a plan:
    running sequence is preempted: it leaves the shards and waits at the front of the queue. Its tokens stay
    with us, and most of its blocks with the prefix cache.
 3. What is left of the token budget goes to prompts under way, oldest first, chunk by chunk.
+<<<<<<< HEAD
 4. Then waiting sequences are admitted, first come first served, while budget, blocks and places last. One
    whose prompt a running sequence is computing right now (choices of one request, a shared beginning) waits
    for those blocks instead of computing them again; who stands behind it may pass.
+=======
+4. Then waiting sequences are admitted, first come first served, while budget, blocks and places last. In a
+quarantine (see blame) only the prime suspect is, once nothing else runs.
+>>>>>>> 585271f (A sequence that loses the shards again and again is found and fails alone)
 
 A plan may be made while earlier ones are still in flight: a sequence whose next token is not known yet is
 planned as if it went on. What a result then ends has been computed once too often, and that surplus token
@@ -21,6 +26,7 @@ is ignored.
 from dataclasses import dataclass
 
 from tgi_router.request import SampledToken
+from tgi_router.scheduling.blame import Blame
 from tgi_router.scheduling.block_allocator import BlockAllocator, ceil_div
 from tgi_router.scheduling.plan import AddedSequence, Row, StepPlan, StepResult
 from tgi_router.scheduling.prefix_cache import block_key
@@ -43,10 +49,12 @@ class Scheduler:
         self.allocator = allocator
         self.waiting = WaitingQueue()
         self.running: dict[int, Sequence] = {}  # by sequence id, oldest first
+        self.blame = Blame()
         self.num_preemptions = 0
         self.num_hit_tokens = 0  # prompt tokens found in the prefix cache
         self._to_drop: list[int] = []
         self._last_step_id = 0
+        self._num_in_flight = 0  # plans
 
     # What the world tells the scheduler
 
@@ -55,6 +63,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence is over: finished, cancelled or failed. Does nothing if it is over already."""
+        self.blame.forget(sequence)
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         elif self.running.pop(sequence.sequence_id, None) is not None:
@@ -71,6 +80,7 @@ class Scheduler:
         self._to_drop.clear()
         self.allocator = allocator
         self._last_step_id = 0
+        self._num_in_flight = 0
 
     # What it answers
 
@@ -85,6 +95,7 @@ class Scheduler:
         if not plan.rows and not plan.drop:
             return None
         self._last_step_id = plan.step_id
+        self._num_in_flight += 1
         return plan
 
     def confirm(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, SampledToken]]:
@@ -92,6 +103,7 @@ class Scheduler:
 
         Returns the tokens for sequences still alive.
         """
+        self._num_in_flight -= 1
         confirmed: list[tuple[Sequence, SampledToken]] = []
         for row in plan.rows:
             sequence = row.sequence
@@ -108,7 +120,12 @@ class Scheduler:
                 if not is_running:
                     sequence.num_planned_tokens = len(sequence.token_ids)
                 confirmed.append((sequence, token))
+                self._end_trial_if_cleared(sequence)
         return confirmed
+
+    @property
+    def next_to_admit(self) -> Sequence | None:
+        return next(iter(self._candidates()), None)
 
     @property
     def is_idle(self) -> bool:
@@ -145,6 +162,14 @@ class Scheduler:
         self.waiting.return_to_front(sequence)
         self.num_preemptions += 1
 
+    def _end_trial_if_cleared(self, sequence: Sequence) -> None:
+        """Who was cleared in a quarantine makes room for the next suspect."""
+        was_quarantined = self.blame.prime_suspect is not None
+        self.blame.stepped(sequence)
+        is_next_due = was_quarantined and self.blame.prime_suspect not in (None, sequence)
+        if is_next_due and sequence.sequence_id in self.running:
+            self._preempt(sequence)
+
     def _leave_shards(self, sequence: Sequence) -> None:
         self.allocator.release(sequence.block_ids)
         if sequence.is_on_shards:
@@ -161,7 +186,7 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         prompts = [other for other in self.running.values() if other.num_computed < other.num_prompt_tokens]
-        for sequence in tuple(self.waiting):
+        for sequence in self._candidates():
             # A preempted sequence comes back once the results under way have told all its tokens.
             if (
                 budget <= 0
@@ -189,6 +214,14 @@ class Scheduler:
             budget -= self._run(plan, sequence, min(sequence.num_pending, budget), allocation.block_ids)
             prompts.append(sequence)
 
+    def _candidates(self) -> tuple[Sequence, ...]:
+        """Who may be admitted, in order. In a quarantine the prime suspect, after the trial before it."""
+        suspect = self.blame.prime_suspect
+        if suspect is None:
+            return tuple(self.waiting)
+        is_free = not self.running and not self._num_in_flight
+        return (suspect,) if is_free and suspect in self.waiting else ()
+
     def _is_worth_waiting_for(self, prompt: Sequence, sequence: Sequence) -> bool:
         """Whether the prefix cache will soon have, from `prompt` that runs, at least half of what `sequence`
         would have to compute now, and enough of it.
@@ -201,7 +234,7 @@ class Scheduler:
         num_shared = ceil_div(num_cached + ceil_div(num_tokens - num_cached, 2), size) * size
         if num_shared - num_cached < self.limits.min_tokens_to_wait_for:
             return False
-        # The last token is always computed, and a block that output goes into is not shared before it is full.
+        # The last token is always computed; a block that output goes into is not shared before it is full.
         if num_shared > min(num_tokens - 1, prompt.num_prompt_tokens):
             return False
         return prompt.token_ids[:num_shared] == sequence.token_ids[:num_shared]

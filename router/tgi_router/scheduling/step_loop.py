@@ -191,6 +191,7 @@ class StepLoop:
                 log.error("Lost the shards", reason=str(error), sequences=len(self._sequences))
                 for step in self._in_flight:
                     self._metrics.tgi_batch_inference_failure.labels(method_of(step.plan)).inc()
+                self._blame_somebody(error)
             finally:
                 await stream.close()
             self._are_shards_back = False
@@ -204,6 +205,19 @@ class StepLoop:
                 seconds=round(self._clock() - lost_at, 3),
                 resumed_sequences=len(self._scheduler.waiting),
             )
+
+    def _blame_somebody(self, error: ShardsLost) -> None:
+        """Fail the sequence that alone loses the shards, if there is one; else remember who was there."""
+        blame = self._scheduler.blame
+        guilty = blame.lost(
+            (row.sequence for step in self._in_flight for row in step.plan.rows),
+            is_alive=lambda sequence: sequence.sequence_id in self._sequences,
+        )
+        if guilty is not None:
+            log.error("A sequence loses the shards", request_id=guilty.request.request_id)
+            self._fail(guilty, f"the model shards fail whenever they compute this sequence: {error}")
+        elif blame.prime_suspect is not None:
+            log.warning("The shards were lost again: suspects run alone", suspects=len(blame.quarantined))
 
     def _accept(self, facts: ModelFacts) -> None:
         """Shards with nothing on them: every living sequence starts over from its tokens."""
@@ -247,7 +261,7 @@ class StepLoop:
         planned_at = self._clock()
         metrics.tgi_preemptions.inc(scheduler.num_preemptions - num_preemptions)
         metrics.tgi_prefix_cache_hit_tokens.inc(scheduler.num_hit_tokens - num_hit_tokens)
-        while plan is None and not self._in_flight and (sequence := scheduler.waiting.peek()) is not None:
+        while plan is None and not self._in_flight and (sequence := scheduler.next_to_admit) is not None:
             # Nothing runs and still there is no room: this one needs more blocks than there are.
             allocator = scheduler.allocator
             self._fail(
