@@ -13,6 +13,9 @@ from tgi_router.generation import Mailbox
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"
+# Where the outermost middleware leaves the server's own `send` in the scope. Layers in between look at the start
+# of a response; its events, of which there are many, go past them.
+SERVER_SEND = "tgi.send"
 KEEP_ALIVE_AFTER_S = 15.0
 
 _encode = msgspec.json.Encoder().encode
@@ -74,6 +77,7 @@ class EventStream(Response):
         watch = ClientWatch(receive, self._mailbox)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            send = scope.get(SERVER_SEND, send)
             async for data in self._frames:
                 keep_alive.restart()
                 await send({"type": "http.response.body", "body": data or KEEP_ALIVE, "more_body": True})
