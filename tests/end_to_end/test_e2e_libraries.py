@@ -1,4 +1,4 @@
-"""What people build on: the Hub's client, litellm and LangChain drive what they have against a live server."""
+"""What people build on: the Hub's client, litellm and LangChain against a live server."""
 
 import asyncio
 import json

@@ -13,8 +13,8 @@ from tgi_router.generation import Mailbox
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"
-# Where the outermost middleware leaves the server's own `send` in the scope. Layers in between look at the start
-# of a response; its events, of which there are many, go past them.
+# Where the outermost middleware leaves the server's own `send` in the scope. Layers in between look at the
+# start of a response; its events, of which there are many, go past them.
 SERVER_SEND = "tgi.send"
 KEEP_ALIVE_AFTER_S = 15.0
 
