@@ -348,8 +348,8 @@ async def serve(settings: Settings) -> None:
         await _serve_metrics(settings, app.metrics_asgi, stack)
         server = _Server(_config(app.asgi))
         serving = asyncio.create_task(server.serve([listener]))
-        # What has been built stays, and most of what a token makes is gone at once: the collector need not walk
-        # through all of it again and again.
+        # What has been built stays, and most of what a token makes is gone at once: the collector need not
+        # walk through all of it again and again.
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
