@@ -125,6 +125,12 @@ def _of_attention(attention: Attention, num_layers: int) -> Iterator[str]:
         }[attention.qk_norm]
     if attention.windows is not None and any(attention.windows):
         yield "sliding window" if all(attention.windows) else "window in some layers"
+    if attention.stretches is not None and any(attention.stretches):
+        yield "chunked attention" if all(attention.stretches) else "chunked attention in some layers"
+    if attention.normalises_rotated:
+        yield "QK-norm after the rotation"
+    if attention.unrotated_temperature is not None:
+        yield "temperature by position"
     if attention.softcap is not None:
         yield "attention soft-cap"
     if attention.alibi is not None:

@@ -203,6 +203,20 @@ _CONFIGS |= {
         "rope_parameters": ROPE,
     },
     "deepseek_v3": _COMMON | _DEEPSEEK | {"vocab_size": 266, "rope_parameters": ROPE},
+    "llama4_text": _COMMON
+    | {
+        "vocab_size": 262,
+        "head_dim": 20,
+        "num_hidden_layers": 4,
+        "intermediate_size": 40,
+        "intermediate_size_mlp": 112,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 3,
+        "attention_chunk_size": 20,
+        "floor_scale": 8,
+        "attn_scale": 0.3,
+    },
     "dbrx": {
         "vocab_size": 272,
         "d_model": 64,
@@ -227,6 +241,7 @@ DECODERS: tuple[str, ...] = tuple(_CONFIGS)
 REPRESENTATIVES = (
     *("llama", "mistral", "gemma2", "gemma3_text", "phi", "cohere2", "olmo2"),
     *("gpt_neox", "gptj", "falcon", "bloom", "opt", "qwen2_moe", "gpt_oss", "deepseek_v3"),
+    "llama4_text",
 )
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -374,6 +389,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": ROPE | YARN | {"mscale": 1.0, "mscale_all_dim": 1.3},
         },
     ),
+    "llama4_text-two-experts": (
+        "llama4_text",
+        {
+            "num_experts_per_tok": 2,
+            "interleave_moe_layer_step": 1,
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "attention_chunk_size": 16,
+            "rope_parameters": ROPE | LLAMA3 | {"original_max_position_embeddings": 64},
+        },
+    ),
+    "llama4_text-no-chunks": ("llama4_text", {"attention_chunk_size": None, "no_rope_layers": [1, 0, 0, 1]}),
     "dbrx-plain-weights": (
         "dbrx",
         {

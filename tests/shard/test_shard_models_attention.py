@@ -79,6 +79,7 @@ class Batch:
         softcap: float | None = None,
         slopes: Tensor | None = None,
         sinks: Tensor | None = None,
+        stretch: int | None = None,
     ) -> Tensor:
         """In float32 and one query at a time."""
         new, before = self.rows[row]
@@ -88,6 +89,8 @@ class Batch:
         for index in range(new):
             last = before + index + 1
             first = 0 if window is None else max(0, last - window)
+            if stretch is not None:
+                first = (before + index) - (before + index) % stretch
             scores = torch.einsum("hd,thd->ht", self.queries[row][index].float(), key[first:last]) * SCALE
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
@@ -114,6 +117,16 @@ def test_equals_attention_row_by_row(mixture: str, window: int | None) -> None:
     batch = Batch(MIXTURES[mixture], Heads(num_heads=6, num_kv_heads=2, head_dim=8), torch.float32)
     for row, ours in enumerate(batch.attend(window)):
         torch.testing.assert_close(ours, batch.expected(row, window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scoring", [{}, {"softcap": 0.7}], ids=["fused", "softcap"])
+@pytest.mark.parametrize("stretch", [1, 16, 50, 300])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_tokens_see_their_own_stretch(mixture: str, stretch: int, scoring: dict[str, Any]) -> None:
+    batch = Batch(MIXTURES[mixture], Heads(num_heads=6, num_kv_heads=2, head_dim=8), torch.float32)
+    for row, ours in enumerate(batch.attend(None, stretch=stretch, **scoring)):
+        expected = batch.expected(row, None, stretch=stretch, **scoring)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 16])

@@ -29,6 +29,7 @@ class AttentionPlan(Protocol):
         *,
         scale: float,
         window: int | None,
+        stretch: int | None = None,
         softcap: float | None = None,
         slopes: Tensor | None = None,
         sinks: Tensor | None = None,
@@ -38,6 +39,8 @@ class AttentionPlan(Protocol):
         query: [T, num_heads, head_dim]. key_value: [T, 2, num_kv_heads, head_dim], or [T, 1, ..] if keys are
         the values too (KVShape.has_values). Both may be strided views.
         window: how many tokens a query sees, itself included; None: all up to its own.
+        stretch: a query sees keys of its own stretch of so many tokens, counted from position 0; not with a
+        window ("chunked attention", Llama 4).
         softcap: scores become softcap x tanh(score / softcap).
         slopes: [num_heads] float32, what a score loses for each token between query and key (ALiBi, Press et
         al. 2021, arXiv:2108.12409). sinks: [num_heads] float32, a score in each head's softmax with no value.

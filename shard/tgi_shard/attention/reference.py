@@ -122,8 +122,8 @@ class ReferencePlan:
     inputs: StepInputs
     kv_cache: KVCache
     begun_blocks: Tensor | None
-    # (window, whether scores are written out) -> what the layers with those share
-    _batches: dict[tuple[int | None, bool], _Batch] = field(default_factory=dict)
+    # (window, stretch, whether scores are written out) -> what the layers with those share
+    _batches: dict[tuple[int | None, int | None, bool], _Batch] = field(default_factory=dict)
 
     def attend(
         self,
@@ -133,6 +133,7 @@ class ReferencePlan:
         *,
         scale: float,
         window: int | None,
+        stretch: int | None = None,
         softcap: float | None = None,
         slopes: Tensor | None = None,
         sinks: Tensor | None = None,
@@ -144,11 +145,11 @@ class ReferencePlan:
         if self.begun_blocks is not None:
             store.index_fill_(0, self.begun_blocks, 0)
         self.kv_cache.slots(layer).index_copy_(0, self.inputs.slot_ids, key_value)
-        key = (window, scoring is not None)
+        key = (window, stretch, scoring is not None)
         batch = self._batches.get(key)
         if batch is None:
             batch = self._batches[key] = _Planner(
-                self.inputs, self.kv_cache.block_size, window, scoring is not None, query
+                self.inputs, self.kv_cache.block_size, window, stretch, scoring is not None, query
             ).batch()
         if len(batch.decodes) == 1 and batch.decodes[0].token_indices is None:
             return self._decode(batch.decodes[0], store, query, scale, scoring).reshape(len(query), -1)
@@ -241,6 +242,7 @@ class _Planner:
     inputs: StepInputs
     block_size: int
     window: int | None
+    stretch: int | None
     is_scored: bool  # by _Scoring, which needs distances, and a mask also where a chunk is plainly causal
     like: Tensor  # masks have its dtype and device
 
@@ -250,6 +252,8 @@ class _Planner:
         return _Batch(decodes, tuple(self._chunks()))
 
     def _first_key(self, position: int) -> int:
+        if self.stretch is not None:
+            return position // self.stretch * self.stretch
         return 0 if self.window is None else max(0, position - self.window + 1)
 
     def _decode_groups(self, rows: list[int]) -> Iterator[_Decodes]:
@@ -280,6 +284,8 @@ class _Planner:
         is_hidden = positions >= context_lens
         if self.window is not None:
             is_hidden |= positions < context_lens - self.window
+        if self.stretch is not None:
+            is_hidden |= positions < (context_lens - 1) // self.stretch * self.stretch
         is_whole_step = len(group) == len(self.inputs.query_lens)
         rows = torch.tensor(group)
         return _Decodes(
@@ -301,10 +307,14 @@ class _Planner:
         start = 0
         strip: _Strip | None = None
         offset = max(self.inputs.context_lens_host) if self.window is None else self.window - 1
+        if self.stretch is not None:
+            offset = min(offset, self.stretch - 1)
+        # A prompt's first tokens, up to so many, see all of themselves.
+        longest_causal = self.window or self.stretch
         for row, length in enumerate(self.inputs.query_lens):
             if length > 1:
                 context_len = self.inputs.context_lens_host[row]
-                is_causal = context_len == length and (self.window is None or length <= self.window)
+                is_causal = context_len == length and (longest_causal is None or length <= longest_causal)
                 if is_causal and not self.is_scored:
                     yield _Chunk(start, start + length, None, ())
                 else:
@@ -319,8 +329,11 @@ class _Planner:
         num_blocks = -(-(prefix + length) // self.block_size)
         origin = first_block * self.block_size  # position of the first gathered key
         tiles = []
-        for first in range(0, length, _TILE):
-            stop = min(first + _TILE, length)
+        stop = 0
+        while stop < length:
+            first, stop = stop, min(stop + _TILE, length)
+            if self.stretch is not None:  # its queries all see from one key on
+                stop = min(stop, self._first_key(prefix + first) + self.stretch - prefix)
             first_key, last_key = self._first_key(prefix + first), prefix + stop
             column = strip.offset - (prefix + first - first_key)
             cut = (slice(0, stop - first), slice(column, column + last_key - first_key))

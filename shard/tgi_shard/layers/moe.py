@@ -34,6 +34,17 @@ class SoftmaxTopK:
 
 
 @dataclass(frozen=True, slots=True)
+class SigmoidTopK:
+    """The experts with the highest scores, each weighed by its own score's sigmoid (Llama 4, Meta 2025)."""
+
+    num_chosen: int
+
+    def __call__(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        best, chosen = scores.topk(self.num_chosen, dim=-1)
+        return best.float().sigmoid(), chosen
+
+
+@dataclass(frozen=True, slots=True)
 class GroupedTopK:
     """The best experts of the best groups. DeepSeek V2 and V3, arXiv:2405.04434 and arXiv:2412.19437."""
 
@@ -108,6 +119,7 @@ class MoE:
     experts: tuple[MLP, ...]  # this rank's part of each: their sums are left to `group`
     shared: SharedExpert | None
     group: Group
+    weighs_inputs: bool = False  # a weight is on what the expert reads, not on what it says
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_tokens, hidden] -> [num_tokens, hidden], fresh."""
@@ -122,6 +134,11 @@ class MoE:
             if count > 0:
                 part = slice(start, start + count)
                 tokens = token_ids[part]
-                out.index_add_(0, tokens, expert(x.index_select(0, tokens)).mul_(weights[part]))
+                chosen_x = x.index_select(0, tokens)
+                if self.weighs_inputs:
+                    said = expert(chosen_x.mul_(weights[part]))
+                else:
+                    said = expert(chosen_x).mul_(weights[part])
+                out.index_add_(0, tokens, said)
             start += count
         return self.group.all_reduce(out)

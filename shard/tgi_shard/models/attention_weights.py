@@ -20,6 +20,7 @@ def load_attention(part: Part, layer: int, prefix: str, ropes: tuple[Rope, ...])
         heads=part.heads,
         scale=dims.head_dim**-0.5 if attention.scales is None else attention.scales[layer],
         window=None if attention.windows is None else attention.windows[layer],
+        stretch=None if attention.stretches is None else attention.stretches[layer],
         softcap=attention.softcap,
         slopes=None
         if attention.alibi is None
@@ -31,6 +32,8 @@ def load_attention(part: Part, layer: int, prefix: str, ropes: tuple[Rope, ...])
             part.weights, part.method, _qkv_pieces(part, prefix), dims.hidden_size, attention.qkv_bias
         ),
         qk_norm=None if attention.qk_norm is None else _qk_norm(part, prefix),
+        rotated_norm=None if rope is None or not attention.normalises_rotated else _rotated_norm(part),
+        has_temperature=rope is None and attention.unrotated_temperature is not None,
         out=row_parallel(
             part.weights,
             part.method,
@@ -107,6 +110,12 @@ def _qk_norm(part: Part, prefix: str) -> QKNorm:
         weight = weight.float() + 1
     bias = _norm_rows(part, prefix, "bias") if spec.attention.qk_norm_bias else None
     return HeadNorm(norm.kind, weight, bias, norm.eps)
+
+
+def _rotated_norm(part: Part) -> HeadNorm:
+    """Without a weight; in float32."""
+    ones = torch.ones(1, part.spec.dims.head_dim, device=part.weights.device)
+    return HeadNorm("rms", ones, None, part.spec.norm.eps)
 
 
 def _norm_rows(part: Part, prefix: str, suffix: str) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tgi_shard.attention.backend import AttentionBackend, AttentionPlan, Heads
@@ -13,8 +14,9 @@ from tgi_shard.layers.linear import Linear
 from tgi_shard.layers.mlp import MLP
 from tgi_shard.layers.moe import MoE
 from tgi_shard.layers.norm import AnyNorm
-from tgi_shard.layers.qk_norm import QKNorm
+from tgi_shard.layers.qk_norm import HeadNorm, QKNorm
 from tgi_shard.layers.rotary import Rotary, Rotation
+from tgi_shard.models.spec import Temperature
 from tgi_shard.step import StepInputs
 
 
@@ -24,6 +26,7 @@ class Step:
 
     plan: AttentionPlan
     rotations: tuple[Rotation, ...]  # one for each kind of rotary positions that the model has
+    temperatures: Tensor | None  # [num_tokens, 1, 1] float32, on queries, see spec.Temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class AttentionLayer:
     heads: Heads
     scale: float
     window: int | None
+    stretch: int | None
     softcap: float | None
     slopes: Tensor | None  # [num_heads] float32, see Attention.alibi
     sinks: Tensor | None  # [num_heads] float32
@@ -39,6 +43,8 @@ class AttentionLayer:
     rotation: int | None  # in Step.rotations
     qkv: Linear
     qk_norm: QKNorm | None
+    rotated_norm: HeadNorm | None  # after the rotation
+    has_temperature: bool
     out: Linear
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
@@ -51,12 +57,18 @@ class AttentionLayer:
             heads.clamp_(-self.clip, self.clip)
         if self.rotation is not None:
             step.rotations[self.rotation].apply_(query_and_key)
+        if self.rotated_norm is not None:
+            self.rotated_norm.apply_(query_and_key)
+        if self.has_temperature:
+            assert step.temperatures is not None
+            heads[:, :num_heads].mul_(step.temperatures)
         attended = step.plan.attend(
             self.index,
             heads[:, :num_heads],
             heads[:, num_heads:].unflatten(1, (2, num_kv_heads)),
             scale=self.scale,
             window=self.window,
+            stretch=self.stretch,
             softcap=self.softcap,
             slopes=self.slopes,
             sinks=self.sinks,
@@ -158,6 +170,7 @@ class Decoder:
     kv_shape: KVShape
     embedding: Embedding
     rotaries: tuple[Rotary, ...]
+    temperature: Temperature | None
     layers: tuple[DecoderLayer, ...]
     final_norm: AnyNorm | None
     project_out: Linear | None
@@ -167,7 +180,8 @@ class Decoder:
     def forward(self, inputs: StepInputs, kv_cache: KVCache) -> Tensor:
         hidden = self.embedding(inputs)
         rotations = tuple(rotary.at(inputs.positions) for rotary in self.rotaries)
-        step = Step(self.attention.plan(inputs, kv_cache), rotations)
+        temperatures = None if self.temperature is None else _temperatures(self.temperature, inputs.positions)
+        step = Step(self.attention.plan(inputs, kv_cache), rotations, temperatures)
         for layer in self.layers:
             layer.apply_(hidden, step)
         hidden = hidden.index_select(0, inputs.logit_indices)
@@ -176,3 +190,8 @@ class Decoder:
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         return self.head(hidden)
+
+
+def _temperatures(temperature: Temperature, positions: Tensor) -> Tensor:
+    num_intervals = torch.floor((positions.float() + 1) / temperature.interval)
+    return (1 + temperature.strength * torch.log1p(num_intervals)).view(-1, 1, 1)

@@ -83,6 +83,7 @@ def load(spec: DecoderSpec, weights: Weights, group: Group) -> Decoder:
         ),
         embedding=embedding,
         rotaries=tuple(Rotary.of(rope, dims.head_dim, weights.dtype, weights.device) for rope in ropes),
+        temperature=spec.attention.unrotated_temperature,
         layers=layers,
         final_norm=_norm(part, prefix, names.final_norm),
         project_out=_projection(part, names.project_out, dims.hidden_size, _embedding_size(part)),

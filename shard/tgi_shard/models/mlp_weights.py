@@ -76,6 +76,7 @@ def _load_moe(part: Part, moe: specs.MoE, names: Experts, prefix: str) -> MoE:
         experts=experts,
         shared=_load_shared(part, moe, names, prefix),
         group=part.group,
+        weighs_inputs=moe.weighs_inputs,
     )
 
 

@@ -43,6 +43,7 @@ from tgi_shard.models.architectures import (
     granite,
     granitemoe,
     llama,
+    llama4_text,
     mistral,
     mixtral,
     mpt,
@@ -73,7 +74,7 @@ __all__ = ["LoadedModel", "Model", "RopeOverride", "UnsupportedModel", "load_mod
 log = logging.getLogger(__name__)
 
 _ARCHITECTURES: tuple[ModuleType, ...] = (
-    *(llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe),
+    *(llama, llama4_text, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe),
     *(gemma, gemma2, gemma3, phi, phi3, phimoe, cohere, cohere2),
     *(falcon, starcoder2, gpt_bigcode, gpt2, gptj, gpt_neo, gpt_neox, gpt_oss, bloom, mpt, opt),
     *(baichuan, stablelm, olmo, olmo2, olmo3, olmoe, granite, granitemoe, smollm3, glm, glm4, exaone4, dbrx),

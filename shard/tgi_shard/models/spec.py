@@ -180,6 +180,14 @@ class Latents:
 
 
 @dataclass(frozen=True, slots=True)
+class Temperature:
+    """Queries at position p are multiplied by 1 + strength x log(1 + floor((p + 1) / interval))."""
+
+    strength: float
+    interval: float  # in tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     qkv_bias: bool
     out_bias: bool
@@ -191,6 +199,10 @@ class Attention:
     qk_norm_bias: bool = False
     scales: tuple[float, ...] | None = None  # per layer, on query x key; None: 1 / sqrt(head_dim)
     windows: tuple[int | None, ...] | None = None  # per layer, tokens a query sees with itself; None: all
+    # Per layer: tokens see those of their own stretch of so many, counted from position 0; None: all.
+    stretches: tuple[int | None, ...] | None = None
+    normalises_rotated: bool = False  # query and key heads are divided by their rms after a rotation
+    unrotated_temperature: Temperature | None = None  # in layers that do not rotate
     softcap: float | None = None  # scores end within (-softcap, softcap): softcap x tanh(score / softcap)
     alibi: tuple[float, ...] | None = None  # per head, what a score loses for each token of distance
     clip_qkv: float | None = None  # queries, keys and values are clamped to +- this
@@ -222,6 +234,7 @@ class MoE:
     has_bias: bool = False  # in the experts and the router
     # Gates of another kind, (alpha, limit): see layers/activation.clamped_gate; gate and up alternate.
     clamped_gate: tuple[float, float] | None = None
+    weighs_inputs: bool = False  # the weight of an expert is on what it reads, not on what it says
     shared_size: int | None = (
         None  # intermediate size of an expert that sees every token; None: there is none
     )
