@@ -5,6 +5,7 @@ import io
 import os
 import platform
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -14,11 +15,12 @@ import click
 
 from tgi_demo import MODEL_PATH
 from tgi_launcher import devices, model_info, supervise
-from tgi_launcher.errors import DownloadError, LauncherError
+from tgi_launcher.errors import DownloadError, LauncherError, NotAvailableYet, ShardCannotStart
 from tgi_launcher.logs import Level, Log, level_from
 from tgi_launcher.model_info import ModelInfo, NoConfig
 from tgi_launcher.options import Options, describe, parse
-from tgi_launcher.plan import resolve
+from tgi_launcher.plan import memory_command, resolve
+from tgi_launcher.processes import NotInPath, find_executable
 
 
 def main() -> None:
@@ -40,6 +42,8 @@ def launch(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)  # until supervise.run takes over
     try:
+        if options.plan:
+            return _print_memory(options, environ)
         _serve(options, environ, Log(sys.stdout, level_from(environ.get("LOG_LEVEL")), options.json_output))
     except LauncherError as error:
         print(f"Error: {error}", file=sys.stderr, flush=True)
@@ -62,6 +66,23 @@ def _serve(options: Options, environ: Mapping[str, str], log: Log) -> None:
     for notice in plan.notices:
         log.emit(notice.level, notice.message)
     asyncio.run(supervise.run(plan, _demo_folder() if options.model_id == "demo" else None, log))
+
+
+def _print_memory(options: Options, environ: Mapping[str, str]) -> int:
+    """What `text-generation-server plan` says, and its exit code. Raises LauncherError."""
+    log = Log(sys.stderr, level_from(environ.get("LOG_LEVEL")), options.json_output)  # stdout is the plan's
+    if options.weights_cache_override is not None:
+        raise NotAvailableYet("--plan with --weights-cache-override is not available yet")
+    plan = resolve(options, _probe(options, environ, log), devices.detect(environ), environ)
+    for notice in plan.notices:
+        log.emit(notice.level, notice.message)
+    model = str(_demo_folder()) if options.model_id == "demo" else options.model_id
+    command = memory_command(plan, model)
+    try:
+        executable = find_executable(command.argv[0])
+    except NotInPath as error:
+        raise ShardCannotStart(str(error)) from error
+    return subprocess.run([executable, *command.argv[1:]], env=command.environ, check=False).returncode
 
 
 def _probe(options: Options, environ: Mapping[str, str], log: Log) -> ModelInfo | None:

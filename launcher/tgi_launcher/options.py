@@ -314,6 +314,12 @@ class Options:
     env: bool = option(
         "Log the runtime environment, then go on.", default=False, short="-e", has_variable=False
     )
+    plan: bool = option(
+        "Print what memory the model takes on this machine, without loading its weights, and end: with exit "
+        "code 0 if it fits, 1 if not.",
+        default=False,
+        has_variable=False,
+    )
     max_client_batch_size: int = option(
         "Most prompts in one /v1/completions request.",
         default=4,

@@ -272,6 +272,26 @@ def download_command(plan: Plan) -> Command:
     )
 
 
+def memory_command(plan: Plan, model: str) -> Command:
+    """Prints what the shards of `model` (a folder or hub id) would take; ends with 0 if it fits, else 1."""
+    options = plan.options
+    names = ("revision", "dtype", "trust_remote_code", "huggingface_hub_cache", "cuda_memory_fraction")
+    values = _values(plan)
+    arguments, variables = forward(
+        "shard", {name: values[name] for name in (*names, "rope_scaling", "rope_factor", "max_total_tokens")}
+    )
+    return Command(
+        argv=(
+            *("text-generation-server", "plan", model),
+            *("--num-shard", str(plan.num_shard)),
+            *("--max-batch-prefill-tokens", str(plan.max_batch_prefill_tokens)),
+            *("--max-batch-size", str(options.max_batch_size or options.max_concurrent_requests)),
+            *arguments,
+        ),
+        environ=_environ(plan, variables, drop="LOG_LEVEL") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    )
+
+
 def shard_command(plan: Plan, model_path: Path, rank: int, rendezvous: Rendezvous) -> Command:
     """The process of one rank; it listens at `{uds_path}-{rank}`."""
     values = _values(plan)

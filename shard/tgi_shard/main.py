@@ -1,5 +1,5 @@
 """The command text-generation-server: `serve` runs one rank of a model, `download-weights` brings the model
-here.
+here, `plan` tells what memory it would take.
 
 The only shard file that reads the environment. Options and variables are TGI's; those whose feature is still
 to come end the command with one clear sentence.
@@ -185,6 +185,64 @@ def download_weights(
     except ModelError as error:
         raise _Refused(str(error)) from error
     print(json.dumps({"model_path": str(folder)}), flush=True)
+
+
+@main.command()
+@click.argument("model_id")
+@_revision
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: the checkpoint's own.")
+@_trust_remote_code
+@click.option("--num-shard", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--max-batch-prefill-tokens", type=click.IntRange(min=1), default=4096, show_default=True)
+@click.option("--max-batch-size", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--max-total-tokens", type=click.IntRange(min=1), envvar="MAX_TOTAL_TOKENS")
+@click.pass_context
+def plan(
+    context: click.Context,
+    model_id: str,
+    revision: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    num_shard: int,
+    max_batch_prefill_tokens: int,
+    max_batch_size: int,
+    max_total_tokens: int | None,
+) -> None:
+    """Estimate the memory of MODEL_ID (a folder, or a hub id in the cache) from its config and file headers.
+
+    Exit code 0: it fits. 1: it does not, or that cannot be told; stderr says why.
+    """
+    logs.configure("WARNING", json_output=False)
+    settings = _settings(
+        model_id,
+        revision,
+        sharded=False,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        uds_path="",
+        max_input_tokens=None,
+        json_output=False,
+        logger_level="WARNING",
+        otlp_endpoint=None,
+        otlp_service_name="",
+    )
+    from tgi_shard.estimate import estimate
+    from tgi_shard.memory import Limits
+
+    try:
+        made = estimate(
+            settings.model_path,
+            dtype=settings.dtype,
+            device=settings.device,
+            num_ranks=num_shard,
+            rope_override=settings.rope_override,
+            memory_fraction=settings.memory_fraction,
+            limits=Limits(max_batch_prefill_tokens, max_total_tokens or 0, max_batch_size),
+        )
+    except ModelError as error:
+        raise _Refused(str(error)) from error
+    click.echo(made.describe())
+    context.exit(0 if made.problem is None else 1)
 
 
 class _Refused(click.ClickException):

@@ -25,13 +25,14 @@ from tgi_shard import wire
 from tgi_shard.distributed import Group, close_group, init_group
 from tgi_shard.engine import Engine
 from tgi_shard.engine_thread import AwaitedMasks, EngineThread
+from tgi_shard.memory import Limits
 from tgi_shard.model_folder import read_config
 from tgi_shard.models.registry import LoadedModel, load_model
 from tgi_shard.plan import Masks, StepPlan, StepResult
 from tgi_shard.sampling.sampler import Sampler
 from tgi_shard.settings import Settings
 from tgi_shard.tracing import SequenceSpans
-from tgi_shard.warmup import Limits, NotEnoughMemory, warm_up
+from tgi_shard.warmup import NotEnoughMemory, warm_up
 
 log = logging.getLogger(__name__)
 

@@ -1,24 +1,30 @@
 """How many KV blocks fit: run a step as large as any to come, and turn the memory that is left into blocks.
 
-CUDA: `memory_fraction` of the whole device, less what is in use after the step at its largest.
-
-CPU: half of the RAM that is available, shared by the ranks of this machine, and at most MAX_CPU_KV_BYTES a
-rank unless the caller says otherwise: a server on a CPU has neighbours, and 4 GiB are 350,000 tokens of a
-model of half a billion parameters. The step is a short one there. It is to load what is loaded on first use;
-a long one would delay the start by many seconds to measure activations that are small beside the other half.
+memory.py has the rules. On a CPU the step is a short one: it is to load what is loaded on first use, and a
+long one would delay the start by many seconds to measure activations that are small beside the half of the
+memory that stays free.
 """
 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from tgi_shard.distributed import Group
 from tgi_shard.engine import Engine
+from tgi_shard.memory import (
+    Limits,
+    MemoryPlan,
+    available_cpu_bytes,
+    blocks_within,
+    cpu_kv_budget,
+    held_bytes,
+    lengths,
+    shortage,
+    slot_bytes,
+)
 from tgi_shard.models.registry import LoadedModel
 from tgi_shard.plan import AddSequence, StepPlan
 from tgi_shard.sampling.parameters import SamplingParameters
@@ -27,10 +33,7 @@ from tgi_shard.slots import Slots
 
 log = logging.getLogger(__name__)
 
-MAX_CPU_KV_BYTES = 4 * 2**30
-CPU_SHARE = 0.5
 CPU_STEP_TOKENS = 256
-MIN_BLOCKS = 2
 
 # One row that passes through every processor, beside rows that pass through none.
 _EVERYTHING = SamplingParameters(
@@ -51,15 +54,6 @@ class NotEnoughMemory(Exception):
     """The memory left does not hold the KV that was asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """As in WarmupRequest."""
-
-    max_step_tokens: int
-    max_total_tokens: int  # 0: what the blocks and the model allow
-    max_sequences: int
-
-
 def warm_up(
     loaded: LoadedModel,
     sampler: Sampler,
@@ -76,38 +70,33 @@ def warm_up(
     `on_step` is told how many seconds each step took. Raises NotEnoughMemory, on all ranks or on none.
     """
     kv_shape = loaded.model.kv_shape
-    longest = limits.max_total_tokens or loaded.max_position_embeddings
-    block_size = kv_shape.block_size(device, longest)
-    if not kv_shape.can_share_prefixes:
-        longest = block_size  # a sequence has one block, however long it grows
-
-    peak_bytes = _run_largest_step(loaded, sampler, group, device, block_size, limits, on_step)
+    block_size, longest = lengths(kv_shape, device, limits, loaded.max_position_embeddings)
+    activations = _run_largest_step(loaded, sampler, group, device, block_size, limits, on_step)
     if device.type == "cuda":
-        slot_bytes = limits.max_sequences * longest * 4  # their token ids
-        kv_bytes = _free_cuda_bytes(device, memory_fraction) - peak_bytes - slot_bytes
-    elif cpu_kv_bytes is not None:
-        kv_bytes = cpu_kv_bytes
+        reserve = int((1 - memory_fraction) * torch.cuda.mem_get_info(device)[1])
+        left = _free_cuda_bytes(device) - reserve - activations
+        own_kv_bytes = left - slot_bytes(limits, longest, block_size)
     else:
-        kv_bytes = min(int(_available_cpu_bytes() * CPU_SHARE) // group.world_size, MAX_CPU_KV_BYTES)
-    bytes_per_block = kv_shape.bytes_per_block(block_size)
-    num_blocks = group.all_reduce_min(max(0, kv_bytes) // bytes_per_block)
-    if num_blocks < MIN_BLOCKS or num_blocks * block_size < limits.max_total_tokens:
-        raise NotEnoughMemory(
-            f"Not enough memory to handle `max_total_tokens={limits.max_total_tokens}`: "
-            f"{max(0, kv_bytes) / 2**20:.0f} MiB are left for the KV cache, which is {num_blocks} blocks of "
-            f"{block_size} tokens"
-        )
-    if longest and (device.type == "cpu" or not kv_shape.can_share_prefixes):  # the rest would lie idle
-        num_blocks = min(num_blocks, limits.max_sequences * -(-longest // block_size))
-    max_total_tokens = limits.max_total_tokens or min(
-        num_blocks * block_size, longest or num_blocks * block_size
+        left = available_cpu_bytes()
+        own_kv_bytes = cpu_kv_budget(left, group.world_size) if cpu_kv_bytes is None else cpu_kv_bytes
+    kv_bytes = group.all_reduce_min(max(0, own_kv_bytes))
+    blocks = blocks_within(kv_bytes, kv_shape, block_size, device, limits, longest)
+    if (problem := shortage(blocks, limits)) is not None:
+        raise NotEnoughMemory(problem)
+    num_blocks, max_total_tokens = blocks.num_blocks, blocks.max_total_tokens
+    workspace = slot_bytes(limits, max_total_tokens, block_size)
+    if device.type == "cpu":
+        reserve = max(0, left // group.world_size - blocks.num_bytes - workspace)
+    plan = MemoryPlan(
+        device=device,
+        weights=held_bytes(loaded.model),
+        activations=activations if device.type == "cuda" else None,
+        workspace=workspace,
+        reserve=reserve,
+        blocks=blocks,
+        limits=limits,
     )
-    log.info(
-        "KV-cache blocks: %d, size: %d (%.2f GiB)",
-        num_blocks,
-        block_size,
-        num_blocks * bytes_per_block / 2**30,
-    )
+    log.info("Memory of this shard:\n%s", plan.describe())
     kv_cache = kv_shape.allocate(num_blocks, block_size, device)
     slots = Slots(
         max_sequences=limits.max_sequences,
@@ -193,23 +182,7 @@ def _reset_cuda_peak(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def _free_cuda_bytes(device: torch.device, memory_fraction: float) -> int:
-    """What this process may still take if it leaves 1 - memory_fraction of the device alone."""
+def _free_cuda_bytes(device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return int(free - (1 - memory_fraction) * total)
-
-
-def _available_cpu_bytes() -> int:
-    """What may be taken without swapping: of the machine, or of the container where that is less."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    available = int(fields["MemAvailable"].removesuffix("kB")) * 1024
-    cgroup = Path("/sys/fs/cgroup")
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-    except FileNotFoundError:  # no container, or one of the old kind
-        return available
-    return available if limit == "max" else min(available, max(0, int(limit) - used))
+    return torch.cuda.mem_get_info(device)[0]

@@ -10,7 +10,15 @@ from tgi_launcher.errors import LauncherError
 from tgi_launcher.logs import Level
 from tgi_launcher.model_info import ModelInfo, NoConfig, probe, read
 from tgi_launcher.options import describe, parse, rows
-from tgi_launcher.plan import Plan, Rendezvous, download_command, resolve, router_command, shard_command
+from tgi_launcher.plan import (
+    Plan,
+    Rendezvous,
+    download_command,
+    memory_command,
+    resolve,
+    router_command,
+    shard_command,
+)
 
 CPU = Devices(num_visible=None, card=None, memory_bytes=None, num_cores=8)
 H100 = Devices(num_visible=2, card="nvidia-h100-80gb-hbm3", memory_bytes=81559 << 20, num_cores=64)
@@ -192,11 +200,33 @@ def test_everything_that_can_be_passed_on_is_passed_on(tmp_path: Path) -> None:
     assert messages(made, Level.INFO) == ["Sharding model on 2 processes"]
 
 
+def test_the_memory_plan_is_asked_of_the_shards_code() -> None:
+    made = plan(
+        *("--plan", "--model-id", "org/name", "--revision", "r", "--num-shard", "2", "--dtype", "float16"),
+        *("--max-total-tokens", "200", "--max-concurrent-requests", "7", "--cuda-memory-fraction", "0.5"),
+        *("--huggingface-hub-cache", "/hub", "--max-input-tokens", "100", "--rope-factor", "2"),
+    )
+    command = memory_command(made, "org/name")
+    assert command.argv == (
+        *("text-generation-server", "plan", "org/name", "--num-shard", "2"),
+        *("--max-batch-prefill-tokens", "512", "--max-batch-size", "7"),
+        *("--revision", "r", "--dtype", "float16"),
+    )
+    assert command.environ == {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HUGGINGFACE_HUB_CACHE": "/hub",
+        "CUDA_MEMORY_FRACTION": "0.5",
+        "MAX_TOTAL_TOKENS": "200",
+        "ROPE_SCALING": "linear",
+        "ROPE_FACTOR": "2.0",
+    }
+
+
 def test_every_option_has_a_variable_and_the_flag_wins() -> None:
     assert plan(environ={"MAX_INPUT_TOKENS": "5"}).max_input_tokens == 5
     assert plan("--max-input-tokens", "6", environ={"MAX_INPUT_TOKENS": "5"}).max_input_tokens == 6
     for name, row in rows():
-        assert row.has_variable == (name != "env")
+        assert row.has_variable == (name not in ("env", "plan"))
     options = parse([], {"CORS_ALLOW_ORIGIN": "https://a https://b", "CUDA_GRAPHS": "0,-1", "PORT": "81"})
     assert options.cors_allow_origin == ("https://a https://b",)
     assert options.cuda_graphs == (0, -1)

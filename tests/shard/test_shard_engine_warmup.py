@@ -8,10 +8,11 @@ import tiny_models
 from engine_driver import make_plan
 from tgi_shard.distributed import SINGLE
 from tgi_shard.engine import Engine
+from tgi_shard.memory import Limits
 from tgi_shard.models.registry import LoadedModel, load_model
 from tgi_shard.plan import AddSequence
 from tgi_shard.sampling.sampler import Sampler
-from tgi_shard.warmup import Limits, NotEnoughMemory, warm_up
+from tgi_shard.warmup import NotEnoughMemory, warm_up
 
 CPU = torch.device("cpu")
 

@@ -139,7 +139,8 @@ def _head(part: Part, table: Tensor) -> Head:
     if not spec.has_tied_head or f"{module}.weight" in weights:
         own = vocab_rows(weights, module, dims.vocab_size, _embedding_size(part), part.group)
         # A checkpoint may hold a head that its config calls tied: if they differ, the config is wrong.
-        is_copy = spec.has_tied_head and torch.equal(own, table)
+        # On the meta device there is nothing to compare: the estimate takes the config at its word.
+        is_copy = spec.has_tied_head and (table.is_meta or torch.equal(own, table))
         table = table if is_copy else own
     if spec.has_unit_head:
         table = F.normalize(table.float(), dim=-1).to(table.dtype)

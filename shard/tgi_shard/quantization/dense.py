@@ -32,7 +32,9 @@ class Dense:
     def prepare(self, tensors: Tensors) -> Tensors:
         weight = tensors["weight"] if self.layout == "out_in" else tensors["weight"].t().contiguous()
         if can_pack(weight):
-            return {"packed": torch.ops.mkldnn._reorder_linear_weight(weight)}
+            # A copy either way; on the meta device, which knows no formats, a plain one.
+            packed = weight.clone() if weight.is_meta else torch.ops.mkldnn._reorder_linear_weight(weight)
+            return {"packed": packed}
         return {"weight": weight}
 
     def matmul(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
@@ -43,8 +45,10 @@ class Dense:
 
 
 def can_pack(weight: Tensor) -> bool:
+    """A weight on the meta device stands for one on the device that this machine has."""
+    is_on_cpu = weight.device.type == "cpu" or (weight.is_meta and not torch.cuda.is_available())
     return (
-        weight.device.type == "cpu"
+        is_on_cpu
         and weight.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
