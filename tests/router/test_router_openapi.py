@@ -138,17 +138,11 @@ async def test_events_are_what_the_document_says(
             assert json.loads(msgspec.json.encode(read)) == json.loads(event)
 
 
-# The exhaustive phase takes minutes over the bodies: `make test-matrix` runs it.
 @pytest.mark.parametrize(
     "arguments",
     [
         pytest.param(["--phases", "fuzzing,examples,stateful", "--max-examples", "6"], id="drawn"),
-        pytest.param(["--phases", "coverage", "--include-method", "GET"], id="exhaustive"),
-        pytest.param(
-            ["--phases", "coverage", "--include-method", "POST"],
-            id="exhaustive_bodies",
-            marks=pytest.mark.matrix,
-        ),
+        pytest.param(["--phases", "coverage"], id="exhaustive"),
     ],
 )
 def test_schemathesis_finds_nothing(tmp_path: Path, arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ from tgi_router.api.sse import frame
 from tgi_router.errors import RequestError, ValidationError
 from tgi_router.generation import Answer, Run
 from tgi_router.request import FinishReason
-from tgi_router.schemas.openai import LogitBias, Usage
+from tgi_router.schemas.openai import LogitBias, OpenAIStreamError, StreamErrorDetail, Usage
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -44,7 +44,7 @@ def usage_of(runs: Sequence[Run]) -> Usage:
 
 
 def error_frame(error: RequestError) -> bytes:
-    return frame({"error": {"message": str(error), "http_status_code": error.status}})
+    return frame(OpenAIStreamError(StreamErrorDetail(str(error), error.status)))
 
 
 def refuse(**asked: Any) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 import msgspec
 
 from tgi_router.api.endpoints import HTML, JSON, TEXT, Endpoint
-from tgi_router.schemas.native import ErrorReply
-from tgi_router.schemas.openai import OpenAIErrorReply
+from tgi_router.schemas.native import ErrorReply, StreamReply
+from tgi_router.schemas.openai import OpenAIErrorReply, OpenAIStreamError
 from tgi_router.schemas.vertex import INSTANCE_BODIES
 
 TITLE = "Text Generation Inference"
 EVENTS = "text/event-stream"
+DONE = "[DONE]"
 KEY = "key"  # name of the security scheme
 ROOT = "#/components/schemas/"
 
@@ -75,7 +76,7 @@ def document(rows: Sequence[Endpoint], version: str, *, has_key: bool) -> dict[s
 
 
 def _types(rows: Sequence[Endpoint]) -> list[Any]:
-    found: list[Any] = [ErrorReply, OpenAIErrorReply, *INSTANCE_BODIES]
+    found: list[Any] = [ErrorReply, OpenAIErrorReply, OpenAIStreamError, *INSTANCE_BODIES]
     for row in rows:
         found += [*row.bodies, *row.replies, *row.events]
     return list({_key(one): one for one in found}.values())
@@ -135,9 +136,7 @@ def _responses(row: Endpoint, schema_of: dict[str, Any], *, has_key: bool) -> di
     elif row.media_type in (TEXT, HTML):
         content[row.media_type] = {"schema": {"type": "string"}}
     if row.events:
-        # The schema is that of one event, `data: <JSON>`. On OpenAI's routes `data: [DONE]` is the last.
-        event = _any_of([*row.events, ErrorReply], schema_of)
-        data = {"type": "string", "contentMediaType": JSON, "contentSchema": event}
+        data = _event_data(row, schema_of)
         content[EVENTS] = {"schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     success: dict[str, Any] = {"description": "Success"}
     if content:
@@ -154,6 +153,17 @@ def _responses(row: Endpoint, schema_of: dict[str, Any], *, has_key: bool) -> di
     if has_key and row.needs_key:
         errors[401] = {"description": REASONS[401]}
     return responses | {str(status): errors[status] for status in sorted(errors)}
+
+
+def _event_data(row: Endpoint, schema_of: dict[str, Any]) -> dict[str, Any]:
+    """What stands behind `data: ` in one event: JSON, or on OpenAI's routes, at the end, `[DONE]`."""
+    has_tgi_events = StreamReply in row.events
+    has_openai_events = row.events != (StreamReply,)
+    types = [*row.events]
+    types += [ErrorReply] if has_tgi_events else []
+    types += [OpenAIStreamError] if has_openai_events else []
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": _any_of(types, schema_of)}
+    return {"anyOf": [data, {"const": DONE}]} if has_openai_events else data
 
 
 def _error(row: Endpoint, status: int, schema_of: dict[str, Any]) -> dict[str, Any]:

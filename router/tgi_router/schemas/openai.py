@@ -52,3 +52,14 @@ class OpenAIErrorReply(Struct, frozen=True):
 
     error: ErrorDetail
     error_type: str
+
+
+class StreamErrorDetail(Struct, frozen=True):
+    message: str
+    http_status_code: int  # what it would have been, had the stream not begun
+
+
+class OpenAIStreamError(Struct, frozen=True):
+    """An event of a stream that fails."""
+
+    error: StreamErrorDetail
