@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from tokenizers import Tokenizer as FastTokenizer
 
 import tiny_tokenizers
 from scripted_shard import ScriptedService, ScriptedShard, start_server
@@ -79,11 +80,15 @@ async def running(
     shard: ScriptedShard | None = None,
     chat_template_text: str | None = tiny_tokenizers.CHAT_TEMPLATE,
     tracing: Tracing | None = None,
+    saved_tokenizer: FastTokenizer | None = None,
     **changes: Any,
 ) -> AsyncIterator[Running]:
-    """changes: fields of Settings in place of those above."""
+    """changes: fields of Settings in place of those above. saved_tokenizer: in place of the tiny one."""
     settings = replace(SETTINGS, tokenizer_path=folder, **changes)
-    tiny_tokenizers.save(folder, chat_template=chat_template_text)
+    if saved_tokenizer is None:
+        tiny_tokenizers.save(folder, chat_template=chat_template_text)
+    else:
+        tiny_tokenizers.save_tokenizer(saved_tokenizer, folder, chat_template=chat_template_text)
     tokenizer = Tokenizer.load(folder, num_workers=settings.validation_workers)
     template = chat_template.load(folder, None, read_special_tokens(folder))
     shard = shard or ScriptedShard(vocab_size=tiny_tokenizers.VOCAB_SIZE, num_blocks=256)

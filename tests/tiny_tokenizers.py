@@ -37,7 +37,18 @@ def ids(text: str) -> list[int]:
 
 
 def save(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, adds_bos: bool = True) -> Path:
+    return save_tokenizer(_build(adds_bos), folder, chat_template=chat_template)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, chat_template: str | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": chat_template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _build(adds_bos: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary(), merges=list(PAIRS)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,7 +57,4 @@ def save(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, adds_bos: b
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)]
         )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": chat_template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    return tokenizer

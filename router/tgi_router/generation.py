@@ -29,7 +29,7 @@ from tgi_router.metrics import Metrics
 from tgi_router.permits import Permits
 from tgi_router.request import FinishReason, Listener, Request, SampledToken
 from tgi_router.scheduling.step_loop import ShardsGone
-from tgi_router.text.detokenizer import Detokenizer, final_text
+from tgi_router.text.detokenizer import Detokenizer, context_of, final_text
 from tgi_router.text.stopping import StopAnywhere, StopAtTokenEnd
 from tgi_router.text.tokenizer import Tokenizer
 from tgi_router.tracing import GenerationTrace, Tracing
@@ -136,13 +136,9 @@ class Answer:
         self._eos_token_ids = eos_token_ids
         if request.trim_stop:
             # The context of the final text: what is streamed and what is answered in one piece are the same.
-            context = [
-                token_id
-                for token_id in request.prompt_token_ids[-1:]
-                if token_id not in tokenizer.special_ids
-            ]
+            context = self._context_of_whole_text()
         else:
-            context = list(request.prompt_token_ids[-NUM_CONTEXT_TOKENS:])
+            context = context_of(tokenizer.decode, request.prompt_token_ids, NUM_CONTEXT_TOKENS)
         self._detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, context)
         self._stop_anywhere = StopAnywhere(request.stop if request.trim_stop else ())
         self._stop_at_token_end = StopAtTokenEnd(() if request.trim_stop else request.stop)
@@ -175,9 +171,13 @@ class Answer:
         return final_text(
             self._tokenizer.decode,
             self._tokenizer.special_ids,
-            self.request.prompt_token_ids[-1:],
+            self._context_of_whole_text(),
             self.token_ids,
         )
+
+    def _context_of_whole_text(self) -> list[int]:
+        context = context_of(self._tokenizer.decode, self.request.prompt_token_ids, 1)
+        return [token_id for token_id in context if token_id not in self._tokenizer.special_ids]
 
     def on_scheduled(self) -> None:
         self.scheduled_ns = self._clock_ns()

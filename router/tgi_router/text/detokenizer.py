@@ -11,6 +11,7 @@ context moves on:
 from collections.abc import Callable, Collection, Sequence
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character yet
+MAX_CHARACTER_BYTES = 4  # in UTF-8
 MAX_HELD_TOKENS = 32  # bytes that make no sense for so long never will
 
 Decode = Callable[[Sequence[int]], str]
@@ -22,13 +23,14 @@ class Detokenizer:
     context: a few ids before the first one pushed.
     """
 
-    __slots__ = ("_context", "_decode", "_held", "_special_ids", "_told")
+    __slots__ = ("_context", "_decode", "_held", "_not_told", "_special_ids", "_told")
 
     def __init__(self, decode: Decode, special_ids: Collection[int], context: Sequence[int]) -> None:
         self._decode = decode
         self._special_ids = special_ids
         self._context = list(context)
-        self._told = decode(self._context)
+        self._told = whole_text(decode, self._context)
+        self._not_told = decode(self._context)[len(self._told) :]  # half a character that began before
         self._held: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -41,10 +43,11 @@ class Detokenizer:
         text = self._decode(self._context + self._held)
         if text.endswith(UNFINISHED) and len(self._held) < MAX_HELD_TOKENS:
             return self._tell_whole_part(text)
-        added = text[len(self._told) :]
+        added = text[len(self._told) :].removeprefix(self._not_told)
         if added or len(self._held) >= MAX_HELD_TOKENS:
             self._context = self._held
             self._told = self._decode(self._held)
+            self._not_told = ""
             self._held = []
         return added
 
@@ -62,6 +65,15 @@ class Detokenizer:
         return added
 
 
+def context_of(decode: Decode, token_ids: Sequence[int], num_tokens: int) -> list[int]:
+    """The last ids of a prompt; up to three more where these would begin within a character."""
+    for num_more in range(MAX_CHARACTER_BYTES):
+        context = list(token_ids[-num_tokens - num_more :])
+        if not decode(context).startswith(UNFINISHED):
+            return context
+    return list(token_ids[-num_tokens:])  # bytes that are no text, or an unfinished character alone
+
+
 def final_text(
     decode: Decode, special_ids: Collection[int], context: Sequence[int], token_ids: Sequence[int]
 ) -> str:
@@ -71,18 +83,25 @@ def final_text(
     """
     before = [token_id for token_id in context if token_id not in special_ids]
     visible = [token_id for token_id in token_ids if token_id not in special_ids]
-    text = decode(before + visible)
-    if visible and text.endswith(UNFINISHED):
-        # The bytes of the last character may have tokens of their own, and may spoil those before them.
-        shorter = (decode(before + visible[:-num_dropped]) for num_dropped in (1, 2, 3))
-        candidates = (without_unfinished_end(text), *shorter)
-        clean = [candidate for candidate in candidates if not candidate.endswith(UNFINISHED)]
-        text = max(clean, key=len, default=candidates[0])
-    return text[len(decode(before)) :]
+    told = whole_text(decode, before)
+    text = whole_text(decode, before + visible)
+    return text[len(told) :].removeprefix(decode(before)[len(told) :])
+
+
+def whole_text(decode: Decode, token_ids: Sequence[int]) -> str:
+    """Without an unfinished character at its end."""
+    text = decode(token_ids)
+    if not text.endswith(UNFINISHED):
+        return text
+    # The bytes of the last character may have tokens of their own, and may spoil those before them.
+    shorter = (decode(token_ids[:-num_dropped]) for num_dropped in range(1, MAX_CHARACTER_BYTES))
+    candidates = (without_unfinished_end(text), *shorter)
+    clean = [candidate for candidate in candidates if not candidate.endswith(UNFINISHED)]
+    return max(clean, key=len, default=candidates[0])
 
 
 def without_unfinished_end(text: str) -> str:
     """Decoders write one mark for the bytes of an unfinished character, or one for each: at most three."""
-    for _ in range(3):
+    for _ in range(MAX_CHARACTER_BYTES - 1):
         text = text.removesuffix(UNFINISHED)
     return text
