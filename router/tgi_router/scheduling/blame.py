@@ -61,6 +61,10 @@ class Blame:
         self._suspicions.pop(sequence, None)
 
     @property
+    def has_suspects(self) -> bool:
+        return bool(self._suspicions)
+
+    @property
     def prime_suspect(self) -> Sequence | None:
         """Who must be tried next, or goes on being tried. None: there is no quarantine."""
         return max(

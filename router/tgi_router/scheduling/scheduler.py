@@ -9,14 +9,10 @@ The order of a plan:
    running sequence is preempted: it leaves the shards and waits at the front of the queue. Its tokens stay
    with us, and most of its blocks with the prefix cache.
 3. What is left of the token budget goes to prompts under way, oldest first, chunk by chunk.
-<<<<<<< HEAD
 4. Then waiting sequences are admitted, first come first served, while budget, blocks and places last. One
    whose prompt a running sequence is computing right now (choices of one request, a shared beginning) waits
-   for those blocks instead of computing them again; who stands behind it may pass.
-=======
-4. Then waiting sequences are admitted, first come first served, while budget, blocks and places last. In a
-quarantine (see blame) only the prime suspect is, once nothing else runs.
->>>>>>> 585271f (A sequence that loses the shards again and again is found and fails alone)
+   for those blocks instead of computing them again; who stands behind it may pass. In a quarantine (see
+   blame) only the prime suspect is admitted, once nothing else runs.
 
 A plan may be made while earlier ones are still in flight: a sequence whose next token is not known yet is
 planned as if it went on. What a result then ends has been computed once too often, and that surplus token
@@ -120,7 +116,8 @@ class Scheduler:
                 if not is_running:
                     sequence.num_planned_tokens = len(sequence.token_ids)
                 confirmed.append((sequence, token))
-                self._end_trial_if_cleared(sequence)
+                if self.blame.has_suspects:
+                    self._end_trial_if_cleared(sequence)
         return confirmed
 
     @property
