@@ -197,9 +197,11 @@ class PromptLogprobs(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., start_position: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class FailedSequence(_message.Message):
-    __slots__ = ("sequence_id", "message")
+    __slots__ = ("sequence_id", "message", "not_finite")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    NOT_FINITE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     message: str
-    def __init__(self, sequence_id: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    not_finite: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., message: _Optional[str] = ..., not_finite: bool = ...) -> None: ...

@@ -259,7 +259,8 @@ class Engine:
                 good.append(row)
                 continue
             self._broken.append(Broken(sequence_id, pending.step_id))
-            failed.append(FailedSequence(sequence_id, "the model's scores for this sequence are not finite"))
+            message = "the model's scores for this sequence are not finite"
+            failed.append(FailedSequence(sequence_id, message, not_finite=True))
         return good, failed
 
     def _drop_broken(self, step_id: int) -> None:

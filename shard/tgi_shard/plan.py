@@ -52,6 +52,7 @@ class PromptLogprobs:
 class FailedSequence:
     sequence_id: int
     message: str
+    not_finite: bool = False  # its scores were
 
 
 @dataclass(frozen=True, slots=True)

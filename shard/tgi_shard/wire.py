@@ -109,7 +109,9 @@ def step_result(result: StepResult) -> pb.StepResult:
             for piece in result.prompt_logprobs
         ],
         failed=[
-            pb.FailedSequence(sequence_id=failure.sequence_id, message=failure.message)
+            pb.FailedSequence(
+                sequence_id=failure.sequence_id, message=failure.message, not_finite=failure.not_finite
+            )
             for failure in result.failed
         ],
         forward_ns=result.forward_ns,

@@ -101,3 +101,26 @@ def test_random_walk(seed: int) -> None:
     for _, block_ids in held:
         allocator.release(block_ids)
     assert allocator.num_available == allocator.num_blocks
+
+
+def test_a_distrusted_prefix_is_found_no_more_and_its_blocks_come_back() -> None:
+    allocator = BlockAllocator(num_blocks=4, block_size=2)
+    prompt = tokens(1, 2, 3, 4, 5)
+    first = allocator.allocate(prompt)
+    assert first is not None
+    publish(allocator, prompt, list(first.block_ids))
+    sharer = allocator.allocate(prompt)
+    assert sharer is not None
+    assert sharer.num_cached_tokens == 4
+    allocator.prefix_cache.distrust(prompt, 2)
+    allocator.check([first.block_ids, sharer.block_ids])
+    allocator.release(first.block_ids)
+    allocator.release(sharer.block_ids)
+    allocator.check([])
+    again = allocator.allocate(prompt)
+    assert again is not None
+    assert again.num_cached_tokens == 0
+    publish(allocator, prompt, list(again.block_ids))
+    allocator.release(again.block_ids)
+    assert len(allocator.take(4) or ()) == 4  # the old blocks and the new ones
+    allocator.check([(0, 1, 2, 3)])

@@ -233,3 +233,30 @@ def test_finished_output_is_never_planned_beyond_its_length() -> None:
     walk.add((1, 2, 3), 5, 5)
     walk.run_dry()
     assert walk.shard.num_steps == 5 + 1  # the last plan only drops
+
+
+def test_scores_that_are_not_finite_are_computed_once_more_without_the_prefix_cache() -> None:
+    walk = Walk(num_blocks=64, block_size=4, limits=Limits(max_step_tokens=64, max_sequences=4))
+    prompt = tuple(range(20))
+    walk.add(prompt, 4, 4)
+    walk.run_dry()
+    sequence = walk.add(prompt, 12, 12)
+    for _ in range(5):
+        walk.send()
+        walk.receive()
+    num_hit_tokens = walk.scheduler.num_hit_tokens
+    assert num_hit_tokens >= 16
+    assert walk.scheduler.recompute(sequence)
+    walk.send()
+    (added,) = walk.in_flight[-1][0].add
+    assert added.sequence is sequence
+    assert added.num_cached_tokens == 0
+    walk.run_dry()
+    walk.check_answers()
+    other = walk.add((*prompt, 3), 4, 4)
+    assert not walk.scheduler.recompute(sequence)  # once; and what it shared meanwhile is distrusted again
+    walk.send()
+    assert walk.in_flight[-1][0].add[0].num_cached_tokens == 0
+    walk.run_dry()
+    assert other.sequence_id in walk.finished
+    walk.check_answers()

@@ -298,3 +298,31 @@ def test_scores_that_are_not_finite_fail_their_sequence_alone(tmp_path: Path) ->
     assert poisoned.output == []
     assert outputs(streams) == outputs(alone)
     assert 50 not in engine.slots.slot_of
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_sequence_with_spoilt_blocks_does_better_with_fresh_ones(tmp_path: Path, depth: int) -> None:
+    """The KV of a shared prefix is NaN. From its tokens the sequence is what it was."""
+    engine = load_engine(tiny_models.save("llama", tmp_path))
+    (prompt,) = prompts(2 * BLOCK_SIZE + 3)
+    (alone,) = generate(engine, [Stream(prompt)], NUM_OUTPUT)
+    engine.forget()
+    driver = Driver(engine, depth=depth)
+    first, neighbour = Stream(prompt), Stream([7] * 5)
+    driver.add(1, first)
+    driver.add(2, neighbour)
+    driver.step()
+    driver.drop(1)
+    for store in engine.kv_cache.stores:
+        store[first.blocks[:1]] = float("nan")
+    sharer = Stream(prompt)
+    driver.add(3, sharer, shared_blocks=first.blocks[:2])
+    while sharer.error is None:
+        driver.step()
+    assert sharer.output == []
+    again = Stream(prompt)
+    driver._drop.append(3)
+    driver.add(3, again)
+    driver.run(NUM_OUTPUT)
+    assert again.output == alone.output
+    assert neighbour.error is None

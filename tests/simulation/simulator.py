@@ -58,7 +58,7 @@ class Faults:
             "stall": (0.0, 0.01, 0.05),
             "failed_restart": (0.0, 0.3, 0.8),
             "shrink": (0.0, 0.0, 0.3),
-            "not_finite": (0.0, 0.0, 0.02),
+            "not_finite": (0.0, 0.0, 0.05),
             "abort": (0.0, 0.1, 0.5),
             "poison": (0.0, 0.0, 0.2),
         }
@@ -72,7 +72,7 @@ class SimulatedGroup:
         self.rng = rng
         self.faults = faults
         self.shard = shard
-        self.failed: set[int] = set()  # sequences that were told to have failed
+        self.num_not_finite: Counter[int] = Counter()  # by sequence that was told to have failed
         self.check: Callable[[], None] = lambda: None  # after every event
         self.num_crashes_near: Counter[int] = Counter()  # from outside, by the sequences that were there
         self.poisonous: set[int] = set()  # sequences that killed the shards
@@ -127,6 +127,7 @@ class SimulatedStream:
         self._group = group
         self._wake = wake
         self._plans: asyncio.Queue[bytes] = asyncio.Queue()
+        self._silent: set[int] = set()  # failed sequences that plans still run
         self._worker = asyncio.create_task(self._work())
 
     async def send(self, plan: StepPlan) -> None:
@@ -157,6 +158,10 @@ class SimulatedStream:
                 group.num_poisonings += 1
                 self._lose("poisoned")
                 return
+            self._silent.difference_update(plan.drop_sequence_ids)
+            for row in reversed(range(len(result.sequence_ids))):
+                if result.sequence_ids[row] in self._silent:
+                    self._silence(result, row)
             if result.sequence_ids and rng.random() < group.faults.not_finite:
                 self._fail(result, rng.randrange(len(result.sequence_ids)))
             self.results.append(decode_result(result.SerializeToString()))
@@ -169,12 +174,18 @@ class SimulatedStream:
         self._wake()
 
     def _fail(self, result: pb.StepResult, row: int) -> None:
-        """As a shard does: the sequence is dropped and told, its neighbours go on."""
+        """As a shard does: the sequence is told, and silent until it is dropped; its neighbours go on."""
         sequence_id = result.sequence_ids[row]
+        self._silence(result, row)
+        self._silent.add(sequence_id)
+        self._group.num_not_finite[sequence_id] += 1
+        result.failed.append(
+            pb.FailedSequence(sequence_id=sequence_id, message="scores are not finite", not_finite=True)
+        )
+
+    def _silence(self, result: pb.StepResult, row: int) -> None:
         for column in (result.sequence_ids, result.token_ids, result.logprobs, result.num_top_tokens):
             del column[row]
-        self._group.failed.add(sequence_id)
-        result.failed.append(pb.FailedSequence(sequence_id=sequence_id, message="scores are not finite"))
 
 
 class LetterTokenizer:
@@ -351,7 +362,7 @@ class Simulation:
         is_guilty = sequence_id in group.poisonous
         is_unlucky = group.num_crashes_near[sequence_id] >= MIN_LOSSES_TO_BLAME
         if not isinstance(answer.error, GenerationFailed) or not (
-            sequence_id in group.failed or is_guilty or is_unlucky
+            group.num_not_finite[sequence_id] > 1 or is_guilty or is_unlucky
         ):
             raise Violation(f"an answer ended with {answer.error!r}")
         self.tally.failed += 1

@@ -55,11 +55,19 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong with a sequence."""
+
+    message: str
+    not_finite: bool  # its scores were: the shards can do no better with what they hold of it
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     step_id: int
     tokens: dict[int, SampledToken]  # by sequence id
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
-    failed: dict[int, str] = field(default_factory=dict)  # sequence id -> what went wrong with it
+    failed: dict[int, Failure] = field(default_factory=dict)  # by sequence id
     forward_s: float = 0.0
     sample_s: float = 0.0
     total_s: float = 0.0

@@ -82,5 +82,17 @@ class PrefixCache:
     def evict(self) -> int:
         """Forget the least recently used idle block and return it."""
         block_id, _ = self._idle.popitem(last=False)
-        del self._block_of_key[self._key_of_block.pop(block_id)]
+        self._unlink(self._key_of_block.pop(block_id), block_id)
         return block_id
+
+    def distrust(self, token_ids: array[int], block_size: int) -> None:
+        """No sequence finds the prefixes of `token_ids` any more.
+
+        The blocks stay with who holds them, and idle until they are evicted.
+        """
+        for block_id in self.match(token_ids, block_size, len(token_ids) // block_size):
+            self._unlink(self._key_of_block[block_id], block_id)
+
+    def _unlink(self, key: bytes, block_id: int) -> None:
+        if self._block_of_key.get(key) == block_id:  # else distrusted: the content may have a new block
+            del self._block_of_key[key]

@@ -65,6 +65,19 @@ class Scheduler:
         elif self.running.pop(sequence.sequence_id, None) is not None:
             self._leave_shards(sequence)
 
+    def recompute(self, sequence: Sequence) -> bool:
+        """Its scores were not finite: start over from its tokens, in blocks that nobody has shared.
+
+        Whatever it was, nobody else shall find it in the prefix cache. False: it has been tried before.
+        """
+        self.allocator.prefix_cache.distrust(sequence.token_ids, self.allocator.block_size)
+        if sequence.is_recomputed:
+            return False
+        sequence.is_recomputed = True
+        if sequence.sequence_id in self.running:
+            self._return_to_queue(sequence)
+        return True
+
     def restart(self, allocator: BlockAllocator) -> None:
         """The shards lost everything: all that ran waits again, in the old order, for fresh blocks."""
         for sequence in reversed(self.running.values()):
@@ -146,18 +159,18 @@ class Scheduler:
         num_blocks = ceil_div(sequence.num_planned_computed + 1, self.allocator.block_size)
         while (block_ids := self.allocator.take(num_blocks - len(sequence.block_ids))) is None:
             youngest = next(reversed(self.running.values()))
-            self._preempt(youngest)
+            self._return_to_queue(youngest)
+            self.num_preemptions += 1
             if youngest is sequence:
                 return None
         sequence.block_ids.extend(block_ids)
         return block_ids
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _return_to_queue(self, sequence: Sequence) -> None:
         del self.running[sequence.sequence_id]
         self._leave_shards(sequence)
         sequence.forget_shards()
         self.waiting.return_to_front(sequence)
-        self.num_preemptions += 1
 
     def _end_trial_if_cleared(self, sequence: Sequence) -> None:
         """Who was cleared in a quarantine makes room for the next suspect."""
@@ -165,7 +178,7 @@ class Scheduler:
         self.blame.stepped(sequence)
         is_next_due = was_quarantined and self.blame.prime_suspect not in (None, sequence)
         if is_next_due and sequence.sequence_id in self.running:
-            self._preempt(sequence)
+            self._return_to_queue(sequence)
 
     def _leave_shards(self, sequence: Sequence) -> None:
         self.allocator.release(sequence.block_ids)
@@ -196,7 +209,7 @@ class Scheduler:
             # Who runs already needs a block now and then: admitting must not lead to preempting at once.
             allocation = self.allocator.allocate(
                 sequence.token_ids,
-                use_cache=not sequence.wants_prompt_logprobs,  # a cached token has no logits
+                use_cache=sequence.may_share_blocks,
                 reserve=len(self.running),
             )
             if allocation is None:
@@ -223,7 +236,7 @@ class Scheduler:
         """Whether the prefix cache will soon have, from `prompt` that runs, at least half of what `sequence`
         would have to compute now, and enough of it.
         """
-        if not self.allocator.share_prefixes or sequence.wants_prompt_logprobs:
+        if not self.allocator.share_prefixes or not sequence.may_share_blocks:
             return False
         size = self.allocator.block_size
         num_tokens = len(sequence.token_ids)

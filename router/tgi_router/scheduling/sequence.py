@@ -26,6 +26,7 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     is_on_shards: bool = False  # plans have added it, and not dropped it
     was_scheduled: bool = False
+    is_recomputed: bool = False  # its scores were not finite once: it shares no blocks, and fails next time
     num_planned_tokens: int = 0  # known tokens, once the plans in flight have run
     num_planned_computed: int = 0  # of those, with KV
     num_computed: int = 0  # confirmed
@@ -57,6 +58,11 @@ class Sequence:
     @property
     def wants_prompt_logprobs(self) -> bool:
         return self.request.prompt_logprobs and self.num_prompt_logprobs < self.num_prompt_tokens
+
+    @property
+    def may_share_blocks(self) -> bool:
+        """Whether it may begin with what the prefix cache has. A cached token has no logits."""
+        return not self.wants_prompt_logprobs and not self.is_recomputed
 
     def forget_shards(self) -> None:
         """Nothing of the sequence is on the shards any more; its tokens remain."""

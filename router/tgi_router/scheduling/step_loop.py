@@ -324,10 +324,15 @@ class StepLoop:
         plan, sent_at = step.plan, step.sent_at
         taken_at = self._last_result_at = self._clock()
         self._longest_step_s = max(self._longest_step_s, result.total_s)
-        for sequence_id, message in result.failed.items():
-            if (sequence := self._sequences.get(sequence_id)) is not None:
-                self._fail(sequence, message)
+        for sequence_id, failure in result.failed.items():
+            sequence = self._sequences.get(sequence_id)
+            if sequence is None:
+                continue
+            if not (failure.not_finite and self._scheduler.recompute(sequence)):
+                self._fail(sequence, failure.message)
         for piece in result.prompt_logprobs:
+            if piece.sequence_id in result.failed:
+                continue  # they are no better than the scores; those of the second try will be told
             if (sequence := self._sequences.get(piece.sequence_id)) is not None:
                 known = max(sequence.num_prompt_logprobs - piece.start_position, 0)  # told before a restart
                 if known < len(piece.logprobs):

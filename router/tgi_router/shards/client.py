@@ -10,7 +10,7 @@ from grpc import aio
 from tgi_proto import generate_pb2 as pb
 from tgi_proto import generate_pb2_grpc as pb_grpc
 from tgi_router.request import SampledToken
-from tgi_router.scheduling.plan import AddedSequence, Masks, PromptLogprobs, StepPlan, StepResult
+from tgi_router.scheduling.plan import AddedSequence, Failure, Masks, PromptLogprobs, StepPlan, StepResult
 
 RUN_METHOD = "/tgi.v1.TextGeneration/Run"
 
@@ -191,7 +191,7 @@ def decode_result(data: bytes) -> StepResult:
             PromptLogprobs(piece.sequence_id, piece.start_position, list(piece.logprobs))
             for piece in message.prompt_logprobs
         ],
-        failed={failed.sequence_id: failed.message for failed in message.failed},
+        failed={failed.sequence_id: Failure(failed.message, failed.not_finite) for failed in message.failed},
         forward_s=message.forward_ns / 1e9,
         sample_s=message.sample_ns / 1e9,
         total_s=message.total_ns / 1e9,
