@@ -100,6 +100,8 @@ def _of(spec: DecoderSpec) -> Iterator[str]:
         yield "normalised head"
     if spec.moe is not None:
         yield f"experts ({type(spec.moe.routing).__name__})"
+        if spec.names.experts is not None and spec.names.experts.is_mxfp4:
+            yield "experts in MXFP4, dequantized as they are read"
         if spec.moe.shared_size is not None:
             yield "shared expert"
         if not all(spec.moe.layers):

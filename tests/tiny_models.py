@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Mxfp4Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import baichuan_oracle
 
@@ -335,6 +343,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmoe-clip": ("olmoe", {"clip_qkv": 1.0, "norm_topk_prob": True}),
     "gpt_oss-yarn": ("gpt_oss", {"rope_parameters": ROPE | YARN | {"truncate": False}}),
+    "gpt_oss-mxfp4": ("gpt_oss", {"intermediate_size": 96, "quantization_config": {"quant_method": "mxfp4"}}),
     "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "granitemoe-biases": ("granitemoe", {"attention_bias": True, "residual_multiplier": 0.5}),
     "smollm3-windows": ("smollm3", {"use_sliding_window": True, "sliding_window": 20}),
@@ -449,6 +458,7 @@ def save(
 
     overrides: fields of the Hugging Face config in place of this file's. Equal arguments give equal bytes.
     """
+    quantization = overrides.pop("quantization_config", None)
     config = _config(model_type, dtype, overrides)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
@@ -466,6 +476,8 @@ def save(
     else:
         model.generation_config = described
         model.save_pretrained(path, max_shard_size=max_shard_size)
+    if quantization is not None:
+        _pack_experts(path, seed, quantization)
     save_tokenizer(path, vocab_size=config.vocab_size, adds_bos=model_type in _ADDS_BOS)
     return path
 
@@ -476,9 +488,30 @@ def oracle(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     if model_type == "baichuan":
         return baichuan_oracle.load(checkpoint, dtype)
     is_plain = model_type in ("gemma2", "gemma3_text", "gpt_oss")
+    is_packed = "quantization_config" in json.loads((checkpoint / "config.json").read_text())
     return AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=dtype, attn_implementation="eager" if is_plain else None
+        checkpoint,
+        dtype=dtype,
+        attn_implementation="eager" if is_plain else None,
+        **({"quantization_config": Mxfp4Config(dequantize=True)} if is_packed else {}),
     )
+
+
+def _pack_experts(path: Path, seed: int, quantization: dict[str, Any]) -> None:
+    """Random MXFP4 blocks and scales in place of the experts' weights, as gpt-oss is published."""
+    draw = torch.Generator().manual_seed(seed)
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        num_experts, in_features, out_features = tensors.pop(name).shape
+        shape = (num_experts, out_features, in_features // 32)
+        tensors |= {
+            f"{name}_blocks": torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=draw),
+            f"{name}_scales": torch.randint(120, 126, shape, dtype=torch.uint8, generator=draw),
+        }
+    save_file(tensors, file, metadata={"format": "pt"})
+    described = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(described | {"quantization_config": quantization}))
 
 
 def prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import tiny_models
@@ -17,6 +18,7 @@ from tgi_shard.model_folder import ModelError
 from tgi_shard.models.registry import LoadedModel, UnsupportedModel, load_model
 from tgi_shard.models.rope_override import RopeOverride
 from tgi_shard.models.spec import read_rope
+from tgi_shard.weights import mxfp4
 from tgi_shard.weights.checkpoint import CheckpointError
 
 
@@ -63,7 +65,10 @@ def test_what_a_loaded_model_says_of_itself(llama: Path) -> None:
     [
         ({"model_type": "mamba"}, "model type 'mamba' is not supported yet"),
         ({"model_type": None}, "model type None is not supported yet"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq' are not supported yet"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantized with 'gptq' are not supported yet for llama",
+        ),
         ({"hidden_act": "mish"}, "activation 'mish' is not supported"),
         ({"num_attention_heads": "four"}, "config.json in .* is no valid llama config"),
         (
@@ -212,6 +217,15 @@ def test_tensors_that_nobody_reads_are_named(llama: Path, caplog: pytest.LogCapt
     )
     load(llama)
     assert not caplog.text
+
+
+def test_mxfp4_equals_transformers_dequantisation() -> None:
+    """Every byte under every exponent that float32 holds as a normal number."""
+    exponents = torch.arange(4, 250, dtype=torch.uint8)
+    blocks = torch.arange(256, dtype=torch.uint8).view(16, 1, 16).repeat(1, len(exponents), 1)
+    scales = exponents.repeat(16, 1)
+    theirs = convert_moe_packed_tensors(blocks.unsqueeze(0), scales.unsqueeze(0), dtype=torch.float32)
+    assert torch.equal(mxfp4.dequantize(blocks, scales), theirs.squeeze(0).t())
 
 
 @pytest.mark.parametrize("head_dim", [16, 128])

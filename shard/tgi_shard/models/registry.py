@@ -134,7 +134,10 @@ def _read_config(model_path: Path) -> HFConfig:
         raise UnsupportedModel(f"model type {model_type!r} is not supported yet; supported are {known}")
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method")
-        raise UnsupportedModel(f"checkpoints quantized with {method!r} are not supported yet")
+        if method not in getattr(BY_MODEL_TYPE[model_type], "QUANTIZATIONS", ()):
+            raise UnsupportedModel(
+                f"checkpoints quantized with {method!r} are not supported yet for {model_type} models"
+            )
     try:
         return AutoConfig.from_pretrained(model_path, local_files_only=True)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:

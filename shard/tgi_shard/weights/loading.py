@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tgi_shard.weights import mxfp4
 from tgi_shard.weights.checkpoint import Checkpoint, CheckpointError
+from tgi_shard.weights.mxfp4 import Packed
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Ranges = dict[int, tuple[int, int]]  # axis -> [start, stop)
@@ -30,6 +32,7 @@ class Weights:
     device: torch.device
     progress: Progress | None = None
     excerpts: dict[str, Excerpt] = field(default_factory=dict)  # names that the checkpoint does not have
+    packed: dict[str, Packed] = field(default_factory=dict)  # others, dequantized as they are read
     _read: set[str] = field(default_factory=set)
     _bytes_done: int = 0
     _bytes_total: int = 0
@@ -38,7 +41,7 @@ class Weights:
         self._bytes_total = sum(self.checkpoint.num_bytes(name) for name in self.checkpoint)
 
     def __contains__(self, name: str) -> bool:
-        return self._source(name) in self.checkpoint
+        return name in self.packed or self._source(name) in self.checkpoint
 
     def _source(self, name: str) -> str:
         excerpt = self.excerpts.get(name)
@@ -46,7 +49,9 @@ class Weights:
 
     def local_dtype(self, name: str) -> torch.dtype:
         """What a tensor becomes here: `self.dtype` if it is floating-point, else its own."""
-        stored = self.checkpoint.dtype(self._source(name)) if name in self else self.dtype
+        if name in self.packed or name not in self:
+            return self.dtype
+        stored = self.checkpoint.dtype(self._source(name))
         return self.dtype if stored.is_floating_point else stored
 
     def read(
@@ -86,6 +91,8 @@ class Weights:
         return sorted(set(self.checkpoint) - self._read)
 
     def _lazy(self, name: str, shape: tuple[int, ...], ranges: Ranges | None) -> Tensor:
+        if name in self.packed:
+            return self._dequantized(self.packed[name], shape, ranges or {})
         if name in self.excerpts:
             return self._excerpt(self.excerpts[name], shape, ranges or {})
         found = self.checkpoint.shape(name)
@@ -106,7 +113,22 @@ class Weights:
         inner = {axis + 1: cut for axis, cut in ranges.items()}
         return self._lazy(excerpt.name, (count, *shape), inner | {0: (index, index + 1)}).squeeze(0)
 
+    def _dequantized(self, packed: Packed, shape: tuple[int, ...], ranges: Ranges) -> Tensor:
+        """A cut may begin and end within groups: those are read whole."""
+        num_rows, num_columns = shape
+        rows, (start, stop) = ranges.get(0, (0, num_rows)), ranges.get(1, (0, num_columns))
+        first_group, num_groups = start // mxfp4.GROUP_SIZE, num_columns // mxfp4.GROUP_SIZE
+        cut = {0: rows, 1: (first_group, -(-stop // mxfp4.GROUP_SIZE))}
+        blocks = self._lazy(packed.blocks, (num_rows, num_groups, mxfp4.BLOCK_BYTES), cut)
+        scales = self._lazy(packed.scales, (num_rows, num_groups), cut)
+        origin = first_group * mxfp4.GROUP_SIZE
+        return mxfp4.dequantize(blocks, scales)[:, start - origin : stop - origin]
+
     def _count(self, name: str) -> None:
+        if name in self.packed:
+            self._count(self.packed[name].blocks)
+            self._count(self.packed[name].scales)
+            return
         name = self._source(name)
         if name in self._read:
             return

@@ -15,6 +15,8 @@ class Experts:
     mlp_out: str
     # Checkpoints that stack all experts: our tensor of one expert -> the tensor in which it is a part.
     stacked: tuple[tuple[str, str], ...] = ()
+    # The weights of `mlp_in` and `mlp_out` are in two tensors each, <module>.blocks and <module>.scales.
+    is_mxfp4: bool = False
     shared_in: tuple[str, ...] = ()
     shared_out: str = ""
     shared_gate: str = ""

@@ -1,4 +1,7 @@
-"""gpt-oss (arXiv:2508.10925): attention sinks, alternate windows, stacked experts with clamped gates."""
+"""gpt-oss (arXiv:2508.10925): attention sinks, alternate windows, stacked experts with clamped gates.
+
+The experts' weights are stored in MXFP4, as OpenAI published them, or like all others.
+"""
 
 from dataclasses import replace
 
@@ -18,6 +21,7 @@ from tgi_shard.models.spec import (
 from tgi_shard.weights import names
 
 MODEL_TYPES = ("gpt_oss",)
+QUANTIZATIONS = ("mxfp4",)
 
 EXPERTS = names.Experts(
     router="mlp.router",
@@ -31,9 +35,23 @@ EXPERTS = names.Experts(
     ),
 )
 
+EXPERTS_MXFP4 = replace(
+    EXPERTS,
+    is_mxfp4=True,
+    stacked=(
+        ("mlp.experts.{expert}.gate_up.blocks", "mlp.experts.gate_up_proj_blocks"),
+        ("mlp.experts.{expert}.gate_up.scales", "mlp.experts.gate_up_proj_scales"),
+        ("mlp.experts.{expert}.gate_up.bias", "mlp.experts.gate_up_proj_bias"),
+        ("mlp.experts.{expert}.down.blocks", "mlp.experts.down_proj_blocks"),
+        ("mlp.experts.{expert}.down.scales", "mlp.experts.down_proj_scales"),
+        ("mlp.experts.{expert}.down.bias", "mlp.experts.down_proj_bias"),
+    ),
+)
+
 
 def spec(config: HFConfig, rope_override: RopeOverride | None) -> DecoderSpec:
     dims = Dims.read(config)
+    is_mxfp4 = getattr(config, "quantization_config", None) is not None
     return DecoderSpec(
         dims=dims,
         norm=Norm("rms", eps=config.rms_norm_eps),
@@ -54,9 +72,9 @@ def spec(config: HFConfig, rope_override: RopeOverride | None) -> DecoderSpec:
             layers=(True,) * dims.num_layers,
             has_bias=True,
             clamped_gate=(config.swiglu_alpha, config.swiglu_limit),
-            in_layout="in_out",
-            out_layout="in_out",
+            in_layout="out_in" if is_mxfp4 else "in_out",
+            out_layout="out_in" if is_mxfp4 else "in_out",
         ),
-        names=replace(names.LLAMA, sinks="self_attn.sinks", experts=EXPERTS),
+        names=replace(names.LLAMA, sinks="self_attn.sinks", experts=EXPERTS_MXFP4 if is_mxfp4 else EXPERTS),
         has_tied_head=config.tie_word_embeddings,
     )
