@@ -29,6 +29,7 @@ SETTINGS = Settings(
     served_model_name="some/model",
     tokenizer_config_path=None,
     max_concurrent_requests=8,
+    max_queue_time_s=None,
     max_best_of=2,
     max_stop_sequences=4,
     max_top_n_tokens=5,

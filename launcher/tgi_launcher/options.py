@@ -163,6 +163,12 @@ class Options:
         type=COUNT,
         router="--max-concurrent-requests",
     )
+    max_queue_time: int | None = option(
+        "Seconds that a request may wait before it is first scheduled; then it is refused with 429. Unset: "
+        "no limit.",
+        type=POSITIVE,
+        router="--max-queue-time",
+    )
     max_best_of: int = option("Largest `best_of`.", default=2, type=COUNT, router="--max-best-of")
     max_stop_sequences: int = option(
         "Most stop sequences in a request.", default=4, type=COUNT, router="--max-stop-sequences"

@@ -104,6 +104,7 @@ def build(
         metrics,
         eos_token_ids=step_loop.model.eos_token_ids,
         max_concurrent_requests=settings.max_concurrent_requests,
+        max_queue_time_s=settings.max_queue_time_s,
         tracing=tracing,
     )
     served = Served(

@@ -5,7 +5,10 @@ under.
 not counted.
 """
 
+import math
 from typing import ClassVar
+
+SHORTEST_RETRY_S, LONGEST_RETRY_S = 1, 60
 
 
 class RequestError(Exception):
@@ -35,6 +38,25 @@ class Overloaded(RequestError):
 
     def __str__(self) -> str:
         return "Model is overloaded"
+
+
+class QueuedTooLong(RequestError):
+    """The limit passed before the request was first scheduled; the argument is the limit in seconds.
+
+    Who comes back after as long again finds a queue that has moved on.
+    """
+
+    status, error_type, counted_as = 429, "overloaded", "overloaded"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s)
+        self.retry_after_s = min(max(math.ceil(limit_s), SHORTEST_RETRY_S), LONGEST_RETRY_S)
+
+    def __str__(self) -> str:
+        return (
+            "Model is overloaded: the request waited in the queue for longer than `max_queue_time`, "
+            f"{self.args[0]:g} seconds"
+        )
 
 
 class ShuttingDown(RequestError):

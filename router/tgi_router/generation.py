@@ -20,6 +20,7 @@ from tgi_router.errors import (
     Cancelled,
     ClientGone,
     GenerationFailed,
+    QueuedTooLong,
     RequestError,
     ShardsUnavailable,
     ShuttingDown,
@@ -61,11 +62,12 @@ class GeneratedToken(Struct, frozen=True, gc=False):
 class Mailbox:
     """Where answers leave their news for one reader."""
 
-    __slots__ = ("_news", "_waiter", "is_closed")
+    __slots__ = ("_awaits_turn", "_news", "_waiter", "is_closed")
 
     def __init__(self) -> None:
         self._news: list[tuple[Answer, GeneratedToken | None]] = []
         self._waiter: asyncio.Future[None] | None = None
+        self._awaits_turn = False
         self.is_closed = False
 
     def put(self, answer: "Answer", token: "GeneratedToken | None") -> None:
@@ -90,15 +92,32 @@ class Mailbox:
     async def take(self) -> "list[tuple[Answer, GeneratedToken | None]]":
         """All that came since the last time; empty after a wake() for another reason. Raises ClientGone."""
         if not self._news and not self.is_closed:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._woken()
         if self.is_closed:
             raise ClientGone
         news, self._news = self._news, []
         return news
+
+    def tell_turn(self) -> None:
+        """An answer left the queue: this wakes nobody but who waits for that."""
+        if self._awaits_turn:
+            self.wake()
+
+    async def turn(self, has_come: Callable[[], bool]) -> None:
+        """Until it has; the news stay. Raises ClientGone."""
+        self._awaits_turn = True
+        while not self.is_closed and not has_come():
+            await self._woken()
+        self._awaits_turn = False
+        if self.is_closed:
+            raise ClientGone
+
+    async def _woken(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
 
 class Answer:
@@ -181,6 +200,7 @@ class Answer:
 
     def on_scheduled(self) -> None:
         self.scheduled_ns = self._clock_ns()
+        self._mailbox.tell_turn()
 
     def on_prompt_logprobs(self, start_position: int, logprobs: list[float]) -> None:
         self.prompt_logprobs.extend(logprobs)
@@ -230,7 +250,11 @@ class Answer:
     def on_error(self, error: Exception) -> None:
         wrapped = ShardsUnavailable(error) if isinstance(error, ShardsGone) else GenerationFailed(error)
         wrapped.__cause__ = error
-        self.error = wrapped
+        self.fail(wrapped)
+
+    def fail(self, error: RequestError) -> None:
+        """End here. The step loop must not call any more."""
+        self.error = error
         self.ended_ns = self._clock_ns()
         self._mailbox.put(self, None)
 
@@ -288,6 +312,7 @@ class Run:
         self._queued_ns = queued_ns
         self._sequence_ids: dict[Answer, int] = {}
         self._is_open = True
+        self.queue_timer: asyncio.TimerHandle | None = None  # shared by the runs of a request
 
     @property
     def best(self) -> Answer:
@@ -318,6 +343,11 @@ class Run:
     def is_over(self) -> bool:
         return all(answer.is_over for answer in self.answers)
 
+    @property
+    def has_left_queue(self) -> bool:
+        """One of its sequences was scheduled; the others may wait as long as it takes."""
+        return any(answer.scheduled_ns is not None for answer in self.answers)
+
     def timings(self, answer: Answer) -> Timings:
         """Of an answer that is over."""
         assert answer.ended_ns is not None
@@ -334,6 +364,8 @@ class Run:
         if not self._is_open:
             return
         self._is_open = False
+        if self.queue_timer is not None:
+            self.queue_timer.cancel()
         generation = self._generation
         generation.forget(self)
         generation.permits.give_back(len(self.answers))
@@ -386,6 +418,13 @@ class Run:
                 self._generation.steps.cancel(sequence_id)
                 answer.cancel()
 
+    def fail(self, error: RequestError) -> None:
+        """End the answers that are not over with an error."""
+        for answer, sequence_id in self._sequence_ids.items():
+            if not answer.is_over:
+                self._generation.steps.cancel(sequence_id)
+                answer.fail(error)
+
     def submit(self) -> None:
         for answer in self.answers:
             self._sequence_ids[answer] = self._generation.steps.submit(answer.request, answer)
@@ -401,6 +440,7 @@ class Generation:
         *,
         eos_token_ids: Collection[int],
         max_concurrent_requests: int,
+        max_queue_time_s: float | None = None,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
         tracing: Tracing | None = None,
     ) -> None:
@@ -413,6 +453,7 @@ class Generation:
         self.clock_ns = clock_ns
         self.is_draining = False
         self._eos_token_ids = eos_token_ids
+        self._max_queue_time_s = max_queue_time_s
         self._open_runs: dict[str, list[Run]] = {}  # by request id, which nothing keeps clients from reusing
 
     def check_open(self) -> None:
@@ -433,6 +474,13 @@ class Generation:
         streams: every token is told; otherwise only the end of each answer, which keeps its tokens.
         started_ns: when the handler began, on this object's clock.
         """
+        run = await self._begin(draft, mailbox, streams=streams, started_ns=started_ns, route=route)
+        self._limit_queue_time([run])
+        return run
+
+    async def _begin(
+        self, draft: Draft, mailbox: Mailbox, *, streams: bool, started_ns: int, route: str
+    ) -> Run:
         self.validator.check_choices(draft)
         if streams:
             self.validator.check_stream(draft)
@@ -518,7 +566,7 @@ class Generation:
         """Begin all or none; those begun are in `runs`, in the drafts' order. Raises the first error."""
         begun = await asyncio.gather(
             *(
-                self.begin(draft, mailbox, streams=streams, started_ns=started_ns, route=route)
+                self._begin(draft, mailbox, streams=streams, started_ns=started_ns, route=route)
                 for draft in drafts
             ),
             return_exceptions=True,
@@ -527,6 +575,28 @@ class Generation:
         for outcome in begun:
             if isinstance(outcome, BaseException):
                 raise outcome
+        self._limit_queue_time(runs)
+
+    def _limit_queue_time(self, runs: Sequence[Run]) -> None:
+        """Of the runs of one request, together."""
+        if self._max_queue_time_s is None:
+            return
+        timer = asyncio.get_running_loop().call_later(
+            self._max_queue_time_s, _end_if_queued, runs, self._max_queue_time_s
+        )
+        for run in runs:
+            run.queue_timer = timer
+
+    async def until_scheduled(self, runs: Sequence[Run], mailbox: Mailbox) -> None:
+        """For who wants to tell the status before a stream begins: where the time in the queue is limited,
+        until it is over. Raises the error of runs that ended there, or ClientGone.
+        """
+        if self._max_queue_time_s is None:
+            return
+        await mailbox.turn(lambda: any(run.has_left_queue or run.is_over for run in runs))
+        for run in runs:
+            if isinstance(run.error, QueuedTooLong):
+                raise run.error
 
     async def finish(self, runs: Sequence[Run], mailbox: Mailbox, *, keeps_cancelled: bool = False) -> None:
         """Until every answer of runs that do not stream is over. Raises the first error, or ClientGone.
@@ -566,6 +636,12 @@ class Generation:
             inference_time=duration_text(timings.inference),
             time_per_token=duration_text(timings.per_token(num_tokens)),
         )
+
+
+def _end_if_queued(runs: Sequence[Run], limit_s: float) -> None:
+    if not any(run.has_left_queue for run in runs):
+        for run in runs:
+            run.fail(QueuedTooLong(limit_s))
 
 
 def duration_text(duration_ns: int) -> str:

@@ -88,6 +88,12 @@ def option(
     type=LIMIT,
     default=128,
 )
+@option(
+    "--max-queue-time",
+    "Seconds that a request may wait before it is first scheduled; then its client gets 429. Default: no "
+    "limit.",
+    type=COUNT,
+)
 @option("--max-best-of", "Largest `best_of`.", type=LIMIT, default=2)
 @option("--max-stop-sequences", "Most stop sequences in a request.", type=LIMIT, default=4)
 @option("--max-top-n-tokens", "Largest `top_n_tokens`.", type=LIMIT, default=5)
@@ -202,6 +208,7 @@ def settings_from(options: dict[str, Any]) -> Settings:
         served_model_name=options["served_model_name"] or options["tokenizer_name"],
         tokenizer_config_path=options["tokenizer_config_path"],
         max_concurrent_requests=options["max_concurrent_requests"],
+        max_queue_time_s=options["max_queue_time"],
         max_best_of=options["max_best_of"],
         max_stop_sequences=options["max_stop_sequences"],
         max_top_n_tokens=options["max_top_n_tokens"],

@@ -2,9 +2,8 @@
 
 import math
 
-from tgi_router.errors import Overloaded
+from tgi_router.errors import LONGEST_RETRY_S, SHORTEST_RETRY_S, Overloaded
 
-SHORTEST_RETRY_S, LONGEST_RETRY_S = 1, 60
 WEIGHT_OF_LAST = 0.1  # of the generation that ended last in the mean of all
 
 

@@ -21,6 +21,7 @@ class Settings:
     tokenizer_config_path: Path | None
     # limits of a request; None: what the shards' memory and the model allow
     max_concurrent_requests: int
+    max_queue_time_s: float | None  # None: for ever
     max_best_of: int
     max_stop_sequences: int
     max_top_n_tokens: int

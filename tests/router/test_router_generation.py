@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 import tiny_tokenizers
-from tgi_router.errors import ClientGone, GenerationFailed, Overloaded, ShardsUnavailable, ShuttingDown
+from tgi_router.errors import (
+    ClientGone,
+    GenerationFailed,
+    Overloaded,
+    QueuedTooLong,
+    ShardsUnavailable,
+    ShuttingDown,
+)
 from tgi_router.generation import GeneratedToken, Generation, Mailbox, Run, duration_text
 from tgi_router.metrics import Metrics
 from tgi_router.request import FinishReason, Listener, Request, SampledToken
@@ -72,7 +79,12 @@ class Stage:
 
 
 @pytest.fixture
-async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+def max_queue_time_s() -> float | None:
+    return None
+
+
+@pytest.fixture
+async def stage(tmp_path: Path, max_queue_time_s: float | None) -> AsyncIterator[Stage]:
     tokenizer = Tokenizer.load(tiny_tokenizers.save(tmp_path), num_workers=1)
     limits = Limits(3, 4, 5, 100, 200, tiny_tokenizers.VOCAB_SIZE, prompt_logprobs=True)
     player, metrics = Player(), Metrics()
@@ -85,6 +97,7 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
         metrics,
         eos_token_ids=frozenset({EOS}),
         max_concurrent_requests=4,
+        max_queue_time_s=max_queue_time_s,
         clock_ns=lambda: next(clock),
     )
     yield Stage(generation, player, metrics)
@@ -237,6 +250,33 @@ async def test_timings_add_up(stage: Stage) -> None:
     timings = run.timings(run.answers[0])
     assert timings.total == timings.validation + timings.queue + timings.inference
     assert timings.per_token(2) == timings.inference // 2
+
+
+@pytest.mark.parametrize("max_queue_time_s", [0.05])
+async def test_who_waits_too_long_in_the_queue_is_refused(stage: Stage) -> None:
+    mailbox = Mailbox()
+    run = await stage.begin(mailbox, best_of=2, do_sample=True, streams=False)
+    with pytest.raises(QueuedTooLong, match=r"longer than `max_queue_time`, 0\.05 seconds") as raised:
+        await stage.generation.finish([run], mailbox)
+    assert (raised.value.status, raised.value.error_type) == (429, "overloaded")
+    assert raised.value.retry_after_s == 1
+    assert stage.player.cancelled == [1, 2]
+    run.close()
+    assert stage.generation.permits._num_free == 4
+
+
+@pytest.mark.parametrize("max_queue_time_s", [0.05])
+async def test_a_request_of_which_a_sequence_ran_waits_as_long_as_it_takes(stage: Stage) -> None:
+    mailbox = Mailbox()
+    run = await stage.begin(mailbox, best_of=2, do_sample=True, streams=False, max_new_tokens=1)
+    stage.player.listeners[2].on_scheduled()
+    other = await stage.begin()  # a clock for the test: it ends later than the first one would
+    while not other.is_over:  # noqa: ASYNC110  # polled
+        await asyncio.sleep(0.01)
+    assert not run.is_over
+    stage.player.play(ids("x"), 1)
+    stage.player.play(ids("x"), 2)
+    await stage.generation.finish([run], mailbox)
 
 
 async def test_draining_refuses_what_is_new(stage: Stage) -> None:

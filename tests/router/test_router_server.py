@@ -29,6 +29,7 @@ FLAGS = (
     *("max-batch-total-tokens", "max-batch-size", "revision", "trust-remote-code", "json-output"),
     *("tokenizer-config-path", "disable-grammar-support", "otlp-endpoint", "cors-allow-origin", "api-key"),
     *("max-image-fetch-size", "served-model-name", "enable-prefill-logprobs", "prefix-caching"),
+    "max-queue-time",
 )
 BODY = {"inputs": "the one", "parameters": {"max_new_tokens": 60}}
 

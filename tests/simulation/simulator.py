@@ -17,7 +17,7 @@ import virtual_time
 
 from scripted_shard import ScriptedShard, next_token
 from tgi_proto import generate_pb2 as pb
-from tgi_router.errors import ClientGone, GenerationFailed, Overloaded
+from tgi_router.errors import ClientGone, GenerationFailed, Overloaded, QueuedTooLong
 from tgi_router.generation import Answer, GeneratedToken, Generation, Mailbox, Run
 from tgi_router.metrics import Metrics
 from tgi_router.request import Request, Sampling
@@ -232,6 +232,7 @@ class Tally:
     answered: int = 0
     aborted: int = 0
     overloaded: int = 0
+    queued_too_long: int = 0
     failed: int = 0
     poisoned: int = 0  # of the failed: guilty of losing the shards
     tokens: int = 0
@@ -271,6 +272,7 @@ class Simulation:
             clock=clock,
         )
         self.max_permits = rng.randrange(2, 10)
+        self.max_queue_time_s = rng.choice((None, None, 0.05, 0.5, 20.0))
         self.generation = Generation(
             self.step_loop,
             NoValidator(),  # type: ignore[arg-type]
@@ -278,6 +280,7 @@ class Simulation:
             metrics,
             eos_token_ids={EOS_TOKEN_ID},
             max_concurrent_requests=self.max_permits,
+            max_queue_time_s=self.max_queue_time_s,
             clock_ns=lambda: int(clock() * 1e9),
         )
         async with asyncio.timeout(LONGEST_SCHEDULE_S):
@@ -339,6 +342,11 @@ class Simulation:
             for answer, token in await self._take(mailbox):
                 if answer not in open_answers:
                     raise Violation("news of an answer that is over")
+                if token is None and isinstance(answer.error, QueuedTooLong):
+                    self._check_queued_too_long(run)
+                    self.tally.queued_too_long += 1
+                    open_answers.discard(answer)
+                    continue
                 if token is None:
                     self._check_failure(run, answer)
                     open_answers.discard(answer)
@@ -354,6 +362,18 @@ class Simulation:
                         raise Violation("an answer ended too early")
                     self.tally.answered += 1
                     open_answers.discard(answer)
+        if self.max_queue_time_s is not None and self._shortest_wait_s(run) > self.max_queue_time_s + 1e-3:
+            raise Violation("a request waited for longer than it may")
+
+    def _check_queued_too_long(self, run: Run) -> None:
+        if run.has_left_queue:
+            raise Violation("a request that was scheduled ended for waiting too long")
+        if self.max_queue_time_s is None or self._shortest_wait_s(run) < self.max_queue_time_s:
+            raise Violation("a request ended for waiting too long, and had not")
+
+    def _shortest_wait_s(self, run: Run) -> float:
+        """Of the answers of a run that is over, until their first step or their end."""
+        return min(run.timings(answer).queue for answer in run.answers) / 1e9 + 1e-6
 
     def _check_failure(self, run: Run, answer: Answer) -> None:
         """Only who is guilty fails, or looked guilty: kills from outside met it again and again."""

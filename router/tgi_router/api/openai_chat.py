@@ -103,6 +103,7 @@ class ChatRoutes:
                 chat.draft, mailbox, streams=bool(body.stream), started_ns=started_ns, route=ROUTE
             )
             if body.stream:
+                await self._generation.until_scheduled([run], mailbox)
                 is_streaming = True
                 headers = {
                     "x-compute-type": self._served.compute_type,

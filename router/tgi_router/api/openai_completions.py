@@ -68,6 +68,7 @@ class CompletionRoutes:
             )
             num_characters = sum(len(run.answers[0].request.prompt) for run in runs)
             if body.stream:
+                await self._generation.until_scheduled(runs, mailbox)
                 is_streaming = True
                 headers = {
                     "x-compute-type": self._served.compute_type,
