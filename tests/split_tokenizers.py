@@ -32,6 +32,14 @@ class SplitTokenizer:
         assert token_id is not None
         return int(token_id)
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """Of a token that is not special."""
+        name = self.tokenizer.id_to_token(token_id)
+        if self.kind == "byte_level":
+            return bytes(map(_CHARACTER_OF_BYTE.index, name))
+        is_byte = name.startswith("<0x")
+        return bytes([int(name[3:5], 16)]) if is_byte else name.replace("▁", " ").encode()
+
     @property
     def eos_id(self) -> int:
         return self.special_id(EOS)
@@ -58,7 +66,7 @@ def build(kind: Kind, pieces: Iterable[bytes], special: tuple[str, ...] = ()) ->
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
     else:
-        vocabulary = {name: token_id for token_id, name in enumerate(["<unk>", *names])}
+        vocabulary = {name: token_id for token_id, name in enumerate(dict.fromkeys(["<unk>", "▁", *names]))}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         replace = decoders.Replace("▁", " ")

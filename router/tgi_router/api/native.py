@@ -27,6 +27,7 @@ from tgi_router.schemas.native import (
 )
 from tgi_router.schemas.numbers import shortest_float32
 from tgi_router.schemas.openai_chat import ChatBody
+from tgi_router.text.detokenizer import texts_alone
 from tgi_router.text.tokenizer import Tokenizer
 from tgi_router.validation import Draft
 
@@ -226,10 +227,10 @@ class NativeRoutes:
         if not answer.request.prompt_logprobs:
             return []
         logprobs = [None, *(shortest_float32(logprob) for logprob in answer.prompt_logprobs)]
-        return [
-            PrefillToken(token_id, self._tokenizer.decode_one(token_id), logprob)
-            for token_id, logprob in zip(answer.request.prompt_token_ids, logprobs, strict=True)
-        ]
+        token_ids = answer.request.prompt_token_ids
+        tokenizer = self._tokenizer
+        texts = texts_alone(tokenizer.decode, tokenizer.decode_one, tokenizer.special_ids, token_ids)
+        return [PrefillToken(*row) for row in zip(token_ids, texts, logprobs, strict=True)]
 
     def _tokens(self, answer: Answer) -> list[Token]:
         return [
@@ -246,7 +247,7 @@ class NativeRoutes:
         return [
             Token(
                 token_id,
-                self._tokenizer.decode_one(token_id),
+                self._tokenizer.text_of(token_id),
                 shortest_float32(logprob),
                 token_id in self._tokenizer.special_ids,
             )

@@ -100,6 +100,19 @@ def whole_text(decode: Decode, token_ids: Sequence[int]) -> str:
     return max(clean, key=len, default=candidates[0])
 
 
+def texts_alone(
+    decode: Decode, decode_one: Callable[[int], str], special_ids: Collection[int], token_ids: Sequence[int]
+) -> list[str]:
+    """Each token's text by itself. A character that several tokens spell stands at the last of them."""
+    detokenizer = Detokenizer(decode, special_ids, ())
+    texts = []
+    for token_id in token_ids:
+        completed = detokenizer.push(token_id)
+        alone = decode_one(token_id)
+        texts.append(completed.replace(UNFINISHED, "") if UNFINISHED in alone else alone)
+    return texts
+
+
 def without_unfinished_end(text: str) -> str:
     """Decoders write one mark for the bytes of an unfinished character, or one for each: at most three."""
     for _ in range(MAX_CHARACTER_BYTES - 1):

@@ -96,6 +96,11 @@ class Tokenizer:
             return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
         return text.encode()
 
+    def text_of(self, token_id: int) -> str:
+        """A token by itself, without those of its bytes that are only a part of a character."""
+        text = self.decode_one(token_id)
+        return self.token_bytes(token_id).decode(errors="ignore") if UNFINISHED in text else text
+
     def _decode_one(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
