@@ -324,5 +324,5 @@ def test_a_sequence_with_spoilt_blocks_does_better_with_fresh_ones(tmp_path: Pat
     driver._drop.append(3)
     driver.add(3, again)
     driver.run(NUM_OUTPUT)
-    assert again.output == alone.output
+    assert again.output[:NUM_OUTPUT] == alone.output  # the lookahead may have brought one more
     assert neighbour.error is None
