@@ -57,14 +57,16 @@ class WarmupRequest(_message.Message):
     def __init__(self, max_step_tokens: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ...) -> None: ...
 
 class WarmupResponse(_message.Message):
-    __slots__ = ("num_blocks", "block_size", "max_total_tokens")
+    __slots__ = ("num_blocks", "block_size", "max_total_tokens", "blocks_are_states")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_ARE_STATES_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     block_size: int
     max_total_tokens: int
-    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ...) -> None: ...
+    blocks_are_states: bool
+    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., blocks_are_states: bool = ...) -> None: ...
 
 class SamplingParameters(_message.Message):
     __slots__ = ("do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "frequency_penalty", "output_frequency_penalty", "output_presence_penalty", "watermark", "seed", "choice", "min_p", "logit_bias_token_ids", "logit_bias_values")

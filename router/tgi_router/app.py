@@ -251,7 +251,7 @@ def settle_limits(settings: Settings, model: ModelFacts) -> Limits:
 
     Raises StartError.
     """
-    max_batch_total_tokens = kv_tokens(settings, model)
+    max_batch_total_tokens = model.usable_tokens(settings.max_batch_total_tokens)
     max_total_tokens = settings.max_total_tokens
     if max_total_tokens is None:
         max_total_tokens = min(model.max_total_tokens, max_batch_total_tokens)
@@ -277,14 +277,6 @@ def settle_limits(settings: Settings, model: ModelFacts) -> Limits:
         prompt_logprobs=settings.enable_prefill_logprobs,
         max_choices=min(MAX_CHOICES, settings.max_concurrent_requests),
     )
-
-
-def kv_tokens(settings: Settings, model: ModelFacts) -> int:
-    """How many tokens the KV cache holds: whole blocks, and no more than the user allows."""
-    num_blocks = model.num_blocks
-    if settings.max_batch_total_tokens is not None:
-        num_blocks = min(num_blocks, settings.max_batch_total_tokens // model.block_size)
-    return num_blocks * model.block_size
 
 
 def info_of(settings: Settings, limits: Limits) -> Info:
@@ -393,7 +385,7 @@ async def _start(settings: Settings, metrics: Metrics) -> StepLoop:
     )
     log.info("Warming up model")
     await step_loop.start()
-    max_batch_total_tokens = kv_tokens(settings, step_loop.model)
+    max_batch_total_tokens = step_loop.model.usable_tokens(settings.max_batch_total_tokens)
     metrics.tgi_batch_max_total_tokens.set(max_batch_total_tokens)
     log.info(f"Setting max batch total tokens to {max_batch_total_tokens}")
     return step_loop

@@ -224,6 +224,7 @@ class Service(pb_grpc.TextGenerationServicer):
             num_blocks=engine.slots.num_kv_blocks,
             block_size=engine.slots.block_size,
             max_total_tokens=engine.slots.max_total_tokens,
+            blocks_are_states=not self.loaded.model.kv_shape.can_share_prefixes,
         )
 
     async def _warm_up_once(self, limits: Limits) -> Engine:

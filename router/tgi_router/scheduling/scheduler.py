@@ -206,11 +206,10 @@ class Scheduler:
                 break
             if any(self._is_worth_waiting_for(prompt, sequence) for prompt in prompts):
                 continue
-            # Who runs already needs a block now and then: admitting must not lead to preempting at once.
             allocation = self.allocator.allocate(
                 sequence.token_ids,
                 use_cache=sequence.may_share_blocks,
-                reserve=len(self.running),
+                reserve=self._num_growing(),
             )
             if allocation is None:
                 break
@@ -248,6 +247,16 @@ class Scheduler:
         if num_shared > min(num_tokens - 1, prompt.num_prompt_tokens):
             return False
         return prompt.token_ids[:num_shared] == sequence.token_ids[:num_shared]
+
+    def _num_growing(self) -> int:
+        """How many running sequences will need a block sooner or later.
+
+        One is kept for each: admitting must not lead to preempting at once.
+        """
+        size = self.allocator.block_size
+        return sum(
+            sequence.max_tokens > len(sequence.block_ids) * size for sequence in self.running.values()
+        )
 
     def _run(
         self, plan: StepPlan, sequence: Sequence, num_tokens: int, new_block_ids: tuple[int, ...]

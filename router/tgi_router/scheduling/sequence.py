@@ -46,6 +46,11 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def max_tokens(self) -> int:
+        """Prompt and output, if nothing ends it before its limit."""
+        return self.num_prompt_tokens + self.request.max_new_tokens
+
+    @property
     def num_pending(self) -> int:
         """Known tokens that no plan computes yet: 1 for a decode, more for a prompt.
 

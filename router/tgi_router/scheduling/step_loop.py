@@ -223,10 +223,9 @@ class StepLoop:
         """Shards with nothing on them: every living sequence starts over from its tokens."""
         if self._facts is None:
             self._facts = facts
-        num_blocks = facts.num_blocks
-        if self._max_kv_tokens is not None:
-            num_blocks = min(num_blocks, self._max_kv_tokens // facts.block_size)
-        allocator = BlockAllocator(num_blocks, facts.block_size, share_prefixes=self._share_prefixes)
+        num_blocks = facts.usable_blocks(self._max_kv_tokens)
+        share_prefixes = self._share_prefixes and not facts.blocks_are_states
+        allocator = BlockAllocator(num_blocks, facts.block_size, share_prefixes=share_prefixes)
         self._longest_step_s = max(self._longest_step_s, facts.longest_step_s)
         self._in_flight.clear()
         self._scheduler.restart(allocator)

@@ -43,6 +43,20 @@ class ModelFacts:
     block_size: int
     max_total_tokens: int  # longest sequence, prompt and output
     longest_step_s: float = 0.0  # so far, the warm-up's steps among them
+    blocks_are_states: bool = False  # one block a sequence, however long; prefixes cannot be shared
+
+    def usable_blocks(self, max_kv_tokens: int | None) -> int:
+        """The blocks that plans may name if the user caps the tokens in them."""
+        if max_kv_tokens is None:
+            return self.num_blocks
+        num_blocks = min(self.num_blocks, max_kv_tokens // self.block_size)
+        # The first state is there whatever the cap: then it is the cap that a sequence must not outgrow.
+        return max(num_blocks, 1) if self.blocks_are_states else num_blocks
+
+    def usable_tokens(self, max_kv_tokens: int | None) -> int:
+        """How many tokens the KV cache holds: whole blocks, and no more than the user allows."""
+        num_tokens = self.usable_blocks(max_kv_tokens) * self.block_size
+        return num_tokens if max_kv_tokens is None else min(num_tokens, max_kv_tokens)
 
 
 @dataclass(frozen=True, slots=True)

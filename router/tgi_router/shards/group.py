@@ -51,6 +51,7 @@ class ShardGroup:
             num_blocks=min(warmup.num_blocks for warmup in warmups),
             block_size=warmups[0].block_size,
             max_total_tokens=min(warmup.max_total_tokens for warmup in warmups),
+            blocks_are_states=warmups[0].blocks_are_states,
             longest_step_s=max(health.longest_step_s for health in healths),
         )
 
