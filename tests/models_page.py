@@ -1,4 +1,4 @@
-"""docs/models.md: every family that the decoder knows, printed from its spec and from what the tests run.
+"""docs/models.md: every family that we know, printed from its spec and from what the tests run.
 
 Run `python tests/models_page.py` after a change of either; test_shard_models_page.py compares.
 """
@@ -39,23 +39,55 @@ shared by another.
 """
 
 
+_RECURRENT_HEAD = """
+## Recurrent models
+
+A sequence leaves one state of fixed size behind, however long it is. So there is no paging and no prefix to
+share: a block is a whole state, `--max-total-tokens` (8192 unless it is set) bounds what a request may ask
+for and costs nothing but room for token ids, and as many sequences run together as states fit into memory
+(`tgi_kv_blocks_total`). Everything else is as for the decoders: prompts in chunks of any size beside decodes,
+prompt logprobs, preemption, ranks that share the inner channels, the same tests against `transformers`.
+
+| family (`model_type`) | traits | variants tested |
+|---|---|---|
+"""
+
+_RECURRENT = {
+    "mamba": ("Mamba", "RMSNorm, selective scan"),
+    "falcon_mamba": ("Falcon-Mamba", "RMSNorm, selective scan, norms on time step, B and C"),
+}
+
+
 def page() -> str:
-    return _HEAD + "".join(_row(model_type) for model_type in sorted(tiny_models.DECODERS))
+    decoders = "".join(_row(model_type) for model_type in sorted(tiny_models.DECODERS))
+    recurrent = "".join(_recurrent_row(model_type) for model_type in sorted(tiny_models.RECURRENT))
+    return _HEAD + decoders + _RECURRENT_HEAD + recurrent
 
 
 def _row(model_type: str) -> str:
     module = registry.BY_MODEL_TYPE[model_type]
     assert module.__doc__ is not None
     title = module.__doc__.split(" (")[0].strip()
-    star = "*" if model_type in tiny_models.REPRESENTATIVES else ""
     names = ", ".join(f"`{name}`" for name in module.MODEL_TYPES)
     traits = ", ".join(_traits(model_type))
-    variants = ", ".join(
+    return f"| {title} ({names}){_star(model_type)} | {traits} | {_variants(model_type)} |\n"
+
+
+def _recurrent_row(model_type: str) -> str:
+    family, traits = _RECURRENT[model_type]
+    return f"| {family} (`{model_type}`){_star(model_type)} | {traits} | {_variants(model_type)} |\n"
+
+
+def _star(model_type: str) -> str:
+    return "*" if model_type in tiny_models.REPRESENTATIVES else ""
+
+
+def _variants(model_type: str) -> str:
+    return ", ".join(
         variant.removeprefix(f"{model_type}-")
         for variant, (of, _) in tiny_models.VARIANTS.items()
         if of == model_type
     )
-    return f"| {title} ({names}){star} | {traits} | {variants} |\n"
 
 
 def _traits(model_type: str) -> list[str]:

@@ -127,6 +127,12 @@ def _run_largest_step(
         num_tokens = min(num_tokens, CPU_STEP_TOKENS)
     longest = limits.max_total_tokens or loaded.max_position_embeddings or num_tokens + 1
     num_rows = max(min(limits.max_sequences, num_tokens), 1)
+    if not loaded.model.kv_shape.can_share_prefixes:
+        # A row costs a whole state, which may be large: no more of them than half of what is free holds.
+        is_cuda = device.type == "cuda"
+        free_bytes = torch.cuda.mem_get_info(device)[0] if is_cuda else available_cpu_bytes()
+        num_states = free_bytes // 2 // group.world_size // loaded.model.kv_shape.bytes_per_block(block_size)
+        num_rows = group.all_reduce_min(min(num_rows, max(num_states, 1)))
     lengths = np.full(num_rows, num_tokens // num_rows)
     lengths[: num_tokens % num_rows] += 1
     lengths = np.minimum(lengths, longest - 1)

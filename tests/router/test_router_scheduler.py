@@ -260,3 +260,21 @@ def test_scores_that_are_not_finite_are_computed_once_more_without_the_prefix_ca
     walk.run_dry()
     assert other.sequence_id in walk.finished
     walk.check_answers()
+
+
+def test_states_that_no_sequence_outgrows_are_all_used_at_once() -> None:
+    """One block a sequence, however long: nothing is kept back for growing, and nobody is preempted."""
+    limits = Limits(max_step_tokens=20, max_sequences=8)
+    walk = Walk(num_blocks=4, block_size=30, limits=limits, share_prefixes=False)
+    for number in range(6):
+        walk.add(tuple(range(number, number + 10)), max_new_tokens=20, ends_after=20)
+    most_running = 0
+    while walk.alive:
+        walk.send()
+        most_running = max(most_running, len(walk.scheduler.running))
+        walk.receive()
+        walk.check()
+    walk.run_dry()
+    assert most_running == 4
+    assert walk.scheduler.num_preemptions == 0
+    walk.check_answers()

@@ -18,9 +18,15 @@ NUM_OUTPUT = 12
 LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 3, 40)
 
 
+EMBEDDINGS = {"llama": "model.embed_tokens.weight", "mamba": "backbone.embeddings.weight"}
+KINDS = pytest.mark.parametrize("checkpoint", EMBEDDINGS, indirect=True)  # without it: llama
+
+
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.save("llama", tmp_path_factory.mktemp("llama"), max_position_embeddings=2048)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_type = getattr(request, "param", "llama")
+    longer = {"max_position_embeddings": 2048} if model_type == "llama" else {}
+    return tiny_models.save(model_type, tmp_path_factory.mktemp(model_type), **longer)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +61,7 @@ def outputs(streams: list[Stream], num_output: int = NUM_OUTPUT) -> list[list[in
     return [stream.output[:num_output] for stream in streams]
 
 
+@KINDS
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("chunk", [1000, 7, 1])
 def test_greedy_tokens_equal_transformers(
@@ -66,6 +73,7 @@ def test_greedy_tokens_equal_transformers(
     assert outputs(streams) == expected
 
 
+@KINDS
 def test_sequences_that_come_and_go_do_not_disturb_others(engine: Engine, expected: list[list[int]]) -> None:
     engine.forget()
     driver = Driver(engine, chunk=5, depth=2)
@@ -97,6 +105,7 @@ def test_a_prefix_in_shared_blocks_is_not_computed_again(engine: Engine, expecte
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+@KINDS
 @pytest.mark.parametrize("sampling", [SamplingParameters(), seeded(7)], ids=["greedy", "seeded"])
 def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened(
     engine: Engine, sampling: SamplingParameters
@@ -126,6 +135,7 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened(
     assert outputs(streams, 16) == undisturbed
 
 
+@KINDS
 def test_a_seeded_sequence_samples_the_same_alone_and_in_a_batch(engine: Engine) -> None:
     many = [Stream(prompt, seeded(seed)) for seed, prompt in enumerate(prompts(*range(1, 33)))]
     generate(engine, many, 10, chunk=9, depth=2)
@@ -147,6 +157,7 @@ def test_choices_of_one_seed_differ(engine: Engine) -> None:
     assert len({tuple(stream.output) for stream in streams}) == 4
 
 
+@KINDS
 @pytest.mark.parametrize("chunk", [1000, 6, 1])
 def test_prompt_and_output_logprobs_equal_transformers(engine: Engine, checkpoint: Path, chunk: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -173,6 +184,7 @@ def test_prompt_and_output_logprobs_equal_transformers(engine: Engine, checkpoin
             assert [token_id for token_id, _ in top] == (best.indices.tolist() if asks else [])
 
 
+@KINDS
 def test_prompt_logprobs_of_a_long_prompt_never_need_all_its_logits_at_once(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,14 +282,15 @@ def test_a_sequence_that_cannot_be_run_fails_alone(
     assert again.sequence_ids == [2]
 
 
-def test_scores_that_are_not_finite_fail_their_sequence_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", EMBEDDINGS)
+def test_scores_that_are_not_finite_fail_their_sequence_alone(model_type: str, tmp_path: Path) -> None:
     """One prompt ends with a token whose embedding is NaN.
 
     Its neighbours generate what they would have without it.
     """
-    checkpoint = tiny_models.save("llama", tmp_path, max_position_embeddings=2048)
+    checkpoint = tiny_models.save(model_type, tmp_path)
     weights = load_file(checkpoint / "model.safetensors")
-    weights["model.embed_tokens.weight"][255] = float("nan")
+    weights[EMBEDDINGS[model_type]][255] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
     engine = load_engine(checkpoint)
     healthy = [[token if token != 255 else 254 for token in prompt] for prompt in prompts(*LENGTHS)]

@@ -1,5 +1,7 @@
 """Warm-up: memory becomes KV blocks, limits hold, and the engine that comes out of it works."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -55,3 +57,23 @@ def test_too_little_memory_is_told(loaded: LoadedModel) -> None:
     with pytest.raises(NotEnoughMemory, match=r"to handle `max_total_tokens=400`.*12 blocks"):
         engine_for(loaded, limits, 12)
     assert engine_for(loaded, limits, 13).slots.max_total_tokens == 400
+
+
+def test_a_recurrent_models_block_is_a_whole_state(tmp_path: Path) -> None:
+    checkpoint = tiny_models.save("mamba", tmp_path)
+    loaded = load_model(checkpoint, dtype=None, device=CPU, group=SINGLE)
+    state_bytes = loaded.model.kv_shape.bytes_per_block(1)
+    assert state_bytes == 3 * 96 * (3 + 12) * 4  # layers x channels x (convolution's inputs + state)
+
+    def warmed_up(max_total_tokens: int, max_sequences: int, num_states: int) -> Engine:
+        limits = Limits(300, max_total_tokens, max_sequences)
+        kv_bytes = num_states * state_bytes + 1
+        return warm_up(loaded, Sampler(), SINGLE, CPU, limits, memory_fraction=0.9, cpu_kv_bytes=kv_bytes)
+
+    slots = warmed_up(0, 8, 5).slots
+    assert (slots.num_kv_blocks, slots.block_size, slots.max_total_tokens) == (5, 8192, 8192)
+    slots = warmed_up(100, 8, 50).slots
+    assert (slots.num_kv_blocks, slots.block_size, slots.max_total_tokens) == (8, 100, 100)
+    assert warmed_up(100, 1, 50).slots.num_kv_blocks == 1
+    with pytest.raises(NotEnoughMemory, match="1 blocks of 100 tokens"):
+        warmed_up(100, 8, 1)

@@ -63,7 +63,7 @@ def test_what_a_loaded_model_says_of_itself(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "mamba"}, "model type 'mamba' is not supported yet"),
+        ({"model_type": "rwkv"}, "model type 'rwkv' is not supported yet"),
         ({"model_type": None}, "model type None is not supported yet"),
         (
             {"quantization_config": {"quant_method": "gptq"}},
@@ -107,6 +107,21 @@ def test_groups_that_cannot_share_the_model(
     edit_config(without_weights(llama), **changes)
     with pytest.raises(UnsupportedModel, match=sentence):
         load(llama, group=Group(0, world_size))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sentence"), [(5, "96 channels cannot be divided evenly among 5 shards")]
+)
+def test_groups_that_cannot_share_a_recurrent_model(world_size: int, sentence: str, tmp_path: Path) -> None:
+    without_weights(tiny_models.save("mamba", tmp_path))
+    with pytest.raises(UnsupportedModel, match=sentence):
+        load(tmp_path, group=Group(0, world_size))
+
+
+def test_rope_scaling_of_a_recurrent_model(tmp_path: Path) -> None:
+    without_weights(tiny_models.save("mamba", tmp_path))
+    with pytest.raises(UnsupportedModel, match="mamba has no rotary positions"):
+        load(tmp_path, rope_override=RopeOverride(2.0))
 
 
 def test_rope_scaling_of_learned_positions(tmp_path: Path) -> None:

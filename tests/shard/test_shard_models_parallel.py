@@ -19,7 +19,7 @@ from tgi_shard.models.registry import load_model
 from tgi_shard.weights.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in tiny_models.DECODERS}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in tiny_models.FAMILIES}
 CASES = {  # number of ranks -> what they run
     2: FAMILIES
     | {

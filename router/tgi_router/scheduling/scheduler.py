@@ -254,9 +254,7 @@ class Scheduler:
         One is kept for each: admitting must not lead to preempting at once.
         """
         size = self.allocator.block_size
-        return sum(
-            sequence.max_tokens > len(sequence.block_ids) * size for sequence in self.running.values()
-        )
+        return sum(sequence.max_tokens > len(sequence.block_ids) * size for sequence in self.running.values())
 
     def _run(
         self, plan: StepPlan, sequence: Sequence, num_tokens: int, new_block_ids: tuple[int, ...]

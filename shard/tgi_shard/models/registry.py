@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -64,6 +65,8 @@ from tgi_shard.models.architectures import (
     starcoder2,
 )
 from tgi_shard.models.model import Model
+from tgi_shard.models.recipe import Recipe
+from tgi_shard.models.recurrent import backbone, mamba
 from tgi_shard.models.rope_override import RopeOverride
 from tgi_shard.models.spec import DecoderSpec, HFConfig, UnsupportedModel
 from tgi_shard.weights.checkpoint import Checkpoint
@@ -81,6 +84,8 @@ _ARCHITECTURES: tuple[ModuleType, ...] = (
     *(deepseek_v2, deepseek_v3),
 )
 BY_MODEL_TYPE = {model_type: module for module in _ARCHITECTURES for model_type in module.MODEL_TYPES}
+
+RECURRENT = {model_type: module for module in (mamba,) for model_type in module.MODEL_TYPES}
 
 # Buffers that old exports wrote beside the weights: masks, and frequencies that follow from the config.
 _NO_WEIGHTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
@@ -113,24 +118,23 @@ def load_model(
     config says; both are ModelErrors.
     """
     config = _read_config(model_path)
-    spec = _spec(config, rope_override)
-    decoder_weights.check_group(spec, group.world_size)
+    recipe = _recipe(config, rope_override)
+    recipe.check_group(group.world_size)
     with Checkpoint.open(model_path) as checkpoint:
         chosen = _dtype(dtype, config, checkpoint)
         weights = Weights(checkpoint, chosen, device, progress)
-        model = decoder_weights.load(spec, weights, group)
+        model = recipe.load(weights, group)
         unread = [name for name in weights.finish() if not _NO_WEIGHTS.search(name)]
-    tied = f"{spec.names.head}.weight"
-    if unread and unread != [tied]:
+    if unread and unread != [f"{recipe.head}.weight"]:
         log.warning("%d tensors of the checkpoint are not used: %s ...", len(unread), ", ".join(unread[:8]))
-    return LoadedModel(model, config.model_type, spec.dims.vocab_size, spec.dims.max_positions, chosen)
+    return LoadedModel(model, config.model_type, recipe.vocab_size, recipe.max_positions, chosen)
 
 
 def _read_config(model_path: Path) -> HFConfig:
     raw = model_folder.read_config(model_path)
     model_type = raw.get("model_type")
-    if model_type not in BY_MODEL_TYPE:
-        known = ", ".join(sorted(BY_MODEL_TYPE))
+    if model_type not in BY_MODEL_TYPE | RECURRENT:
+        known = ", ".join(sorted(BY_MODEL_TYPE | RECURRENT))
         raise UnsupportedModel(f"model type {model_type!r} is not supported yet; supported are {known}")
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method")
@@ -144,6 +148,34 @@ def _read_config(model_path: Path) -> HFConfig:
         raise UnsupportedModel(
             f"config.json in {model_path} is no valid {model_type} config: {error}"
         ) from error
+
+
+def _recipe(config: HFConfig, rope_override: RopeOverride | None) -> Recipe:
+    if config.model_type in RECURRENT:
+        return _recurrent(config, rope_override)
+    spec = _spec(config, rope_override)
+    return Recipe(
+        vocab_size=spec.dims.vocab_size,
+        max_positions=spec.dims.max_positions,
+        head=spec.names.head,
+        check_group=partial(decoder_weights.check_group, spec),
+        load=partial(decoder_weights.load, spec),
+    )
+
+
+def _recurrent(config: HFConfig, rope_override: RopeOverride | None) -> Recipe:
+    if rope_override is not None:
+        raise UnsupportedModel(f"{config.model_type} has no rotary positions that could be scaled")
+    if config.hidden_act not in ACTIVATIONS:
+        raise UnsupportedModel(f"activation {config.hidden_act!r} is not supported")
+    spec = RECURRENT[config.model_type].spec(config)
+    return Recipe(
+        vocab_size=config.vocab_size,
+        max_positions=0,
+        head=backbone.HEAD,
+        check_group=spec.check_group,
+        load=spec.load,
+    )
 
 
 def _spec(config: HFConfig, rope_override: RopeOverride | None) -> DecoderSpec:
