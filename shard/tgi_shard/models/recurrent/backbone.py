@@ -122,7 +122,8 @@ def load(
     final_norm = WideRMSNorm(weights.read("backbone.norm_f.weight", (size,)).float(), dims.norm_eps)
     if not dims.has_tied_head or f"{HEAD}.weight" in weights:
         head_table = vocab_rows(weights, HEAD, dims.vocab_size, size, group)
-        if dims.has_tied_head and torch.equal(head_table, table):
+        # On the meta device, where memory is estimated, there is nothing to compare.
+        if dims.has_tied_head and (table.is_meta or torch.equal(head_table, table)):
             head_table = table  # one copy is enough
     method = Dense()
     return RecurrentModel(
