@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_router_step_loop import Ear, running_loop, until
 
@@ -15,6 +16,7 @@ from router_app import Running, running
 from scripted_shard import ScriptedShard, next_token
 from tgi_router.grammar.compile import MAX_COMPILE_S, GrammarCompiler
 from tgi_router.grammar.mask import Grammar, MaskWorker
+from tgi_router.grammar.sentry import MODULE, NICENESS
 from tgi_router.grammar.source import AskedGrammar, GrammarError, source_of
 from tgi_router.request import Request, Sampling
 from tgi_router.text.tokenizer import Tokenizer
@@ -257,6 +259,13 @@ async def test_without_an_end_token_the_grammar_ends_the_answer(tmp_path: Path) 
         assert ear.tokens[-1].ends_grammar
         assert ear.token_ids == expected_tokens((3, 4), grammar, 60)
     await compiler.close()
+
+
+async def test_trying_a_grammar_gives_way_to_the_rest(compiler: GrammarCompiler) -> None:
+    await compiler.compile(LETTERS)
+    trying = [child for child in psutil.Process().children() if MODULE in child.cmdline()]
+    assert trying
+    assert {child.nice() for child in trying} == {min(psutil.Process().nice() + NICENESS, 19)}
 
 
 # Over HTTP
