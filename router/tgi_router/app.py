@@ -45,6 +45,7 @@ from tgi_router.api.replies import (
 from tgi_router.api.requests import RequestRoutes
 from tgi_router.api.sagemaker import SageMakerRoutes
 from tgi_router.api.vertex import VertexRoutes
+from tgi_router.connection import Connection
 from tgi_router.errors import IncompleteGeneration
 from tgi_router.generation import Generation
 from tgi_router.grammar.compile import GrammarCompiler
@@ -301,7 +302,7 @@ def info_of(settings: Settings, limits: Limits) -> Info:
 # The life of the server
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Signals are `serve`'s business."""
@@ -339,7 +340,7 @@ async def serve(settings: Settings) -> None:
             await app.grammars.ready()
         listener = bind(settings.hostname, settings.port)
         await _serve_metrics(settings, app.metrics_asgi, stack)
-        server = _Server(_config(app.asgi))
+        server = Server(uvicorn_config(app.asgi))
         serving = asyncio.create_task(server.serve([listener]))
         # What has been built stays, and most of what a token makes is gone at once: the collector need not
         # walk through all of it again and again.
@@ -409,7 +410,7 @@ async def discover(master_shard_uds_path: str) -> list[str]:
             await client.close()
 
 
-async def _drain(generation: Generation, server: _Server, serving: asyncio.Task[None]) -> None:
+async def _drain(generation: Generation, server: Server, serving: asyncio.Task[None]) -> None:
     await generation.drain()
     server.should_exit = True  # sends what is left, closes the port and the connections
     await serving
@@ -424,7 +425,7 @@ async def _serve_metrics(settings: Settings, asgi: ASGIApp, stack: contextlib.As
     except StartError as error:
         log.warning(f"Metrics are served on the main port alone. {error}")
         return
-    server = _Server(_config(asgi))
+    server = Server(uvicorn_config(asgi))
     serving = asyncio.create_task(server.serve([listener]))
 
     async def stop() -> None:
@@ -434,10 +435,10 @@ async def _serve_metrics(settings: Settings, asgi: ASGIApp, stack: contextlib.As
     stack.push_async_callback(stop)
 
 
-def _config(asgi: ASGIApp) -> uvicorn.Config:
+def uvicorn_config(asgi: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         asgi,
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

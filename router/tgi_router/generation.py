@@ -36,6 +36,7 @@ from tgi_router.text.tokenizer import Tokenizer
 from tgi_router.tracing import GenerationTrace, Tracing
 from tgi_router.validation import Draft, Validator
 
+MAX_UNREAD = 10_000  # news in a mailbox: minutes of one stream, a few seconds of 128 choices
 NUM_CONTEXT_TOKENS = 5  # of the prompt, for the text of the first tokens
 
 log = structlog.get_logger(__name__)
@@ -60,20 +61,29 @@ class GeneratedToken(Struct, frozen=True, gc=False):
 
 
 class Mailbox:
-    """Where answers leave their news for one reader."""
+    """Where answers leave their news for one reader.
 
-    __slots__ = ("_awaits_turn", "_news", "_waiter", "is_closed")
+    A reader that leaves too much of it unread (because its client does not read) has gone, as if the client
+    had closed the connection.
+    """
+
+    __slots__ = ("_awaits_turn", "_news", "_waiter", "is_closed", "on_overflow")
 
     def __init__(self) -> None:
         self._news: list[tuple[Answer, GeneratedToken | None]] = []
         self._waiter: asyncio.Future[None] | None = None
         self._awaits_turn = False
         self.is_closed = False
+        self.on_overflow: list[Callable[[], None]] = []
 
     def put(self, answer: "Answer", token: "GeneratedToken | None") -> None:
         """A token; None: the answer is over, without or after its last token (see Answer.error)."""
         self._news.append((answer, token))
         self.wake()
+        if len(self._news) > MAX_UNREAD:
+            self.close()
+            for end in self.on_overflow:
+                end()
 
     @property
     def has_news(self) -> bool:
@@ -87,6 +97,7 @@ class Mailbox:
     def close(self) -> None:
         """The client is gone: the reader gets ClientGone."""
         self.is_closed = True
+        self._news.clear()
         self.wake()
 
     async def take(self) -> "list[tuple[Answer, GeneratedToken | None]]":
@@ -534,6 +545,7 @@ class Generation:
             num_choices=draft.num_choices,
             trace=trace,
         )
+        mailbox.on_overflow.append(run.close)
         run.submit()
         self._open_runs.setdefault(run.request_id, []).append(run)
         return run

@@ -46,7 +46,7 @@ def listening(folder: Path, **changes: Any) -> Iterator[str]:
         async with running(folder, **changes) as router:
             listener = app.bind("127.0.0.1", 0)
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            server = app._Server(app._config(router.app.asgi))
+            server = app.Server(app.uvicorn_config(router.app.asgi))
             serving = asyncio.create_task(server.serve([listener]))
             ready.set()
             await stopping.get()

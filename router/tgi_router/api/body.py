@@ -1,5 +1,6 @@
 """The body of a POST, read within the payload limit and decoded into its type. Raises BodyError."""
 
+import asyncio
 import json
 import re
 from typing import Any, Generic, TypeVar
@@ -8,6 +9,10 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from tgi_router.errors import BodyError, ClientGone
+
+# A body is waited for as long as the largest one takes at this speed, and a while longer.
+BODY_GRACE_S = 60.0
+MIN_BYTES_PER_S = 65_536.0
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -42,19 +47,24 @@ class BodyReader(Generic[T]):
             raise BodyError(415, "Expected request with `Content-Type: application/json`")
         chunks = []
         num_bytes = 0
+        timeout_s = BODY_GRACE_S + self._payload_limit / MIN_BYTES_PER_S
         try:
-            async for chunk in request.stream():
-                num_bytes += len(chunk)
-                # What is too much is read to its end but not kept: closing a connection that still sends
-                # would take the answer away from the client. Only one that never ends is cut off.
-                if num_bytes <= self._payload_limit:
-                    chunks.append(chunk)
-                else:
-                    chunks.clear()
-                if num_bytes > 16 * self._payload_limit:
-                    break
+            async with asyncio.timeout(timeout_s):
+                async for chunk in request.stream():
+                    num_bytes += len(chunk)
+                    # What is too much is read to its end but not kept: closing a connection that still sends
+                    # would take the answer away from the client. Only one that never ends is cut off.
+                    if num_bytes <= self._payload_limit:
+                        chunks.append(chunk)
+                    else:
+                        chunks.clear()
+                    if num_bytes > 16 * self._payload_limit:
+                        break
         except ClientDisconnect as error:
             raise ClientGone from error
+        except TimeoutError as error:
+            message = f"The request body did not arrive within {timeout_s:.4g} seconds"
+            raise BodyError(408, message) from error
         if num_bytes > self._payload_limit:
             raise BodyError(413, "Failed to buffer the request body: length limit exceeded")
         return b"".join(chunks)

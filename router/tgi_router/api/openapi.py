@@ -21,6 +21,7 @@ REASONS = {
     400: "The body is not JSON",
     401: "The key is missing or wrong",
     404: "There is nothing of that name",
+    408: "The body did not arrive in time",
     413: "The body is too long",
     415: "The content type is not JSON",
     422: "The body has the wrong shape, or breaks a rule",
@@ -29,7 +30,7 @@ REASONS = {
     500: "A bug of the server",
     503: "The server cannot generate now",
 }
-BODY_ERRORS = (400, 413, 415, 422)
+BODY_ERRORS = (400, 408, 413, 415, 422)
 
 COMPUTE_HEADERS = {
     "x-compute-type": "The machine",

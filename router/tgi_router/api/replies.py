@@ -70,9 +70,13 @@ def answering_errors(handler: Handler, metrics: Metrics, *, json_body_errors: bo
             return reply_to(error, in_openai_shape=json_body_errors)
         except BodyError as error:
             log.error(str(error), route=request.url.path)
+            # Who was too slow sends the rest to nobody: the connection is of no more use.
+            headers = {"connection": "close"} if error.status == 408 else {}
             if json_body_errors:
-                return openai_error_reply(error.status, str(error), "validation")
-            return PlainTextResponse(str(error), error.status)
+                reply = openai_error_reply(error.status, str(error), "validation")
+                reply.headers.update(headers)
+                return reply
+            return PlainTextResponse(str(error), error.status, headers)
         except ClientGone:
             return Response(status_code=499)  # nobody reads it
 
