@@ -218,7 +218,9 @@ async def test_sigterm_before_the_shards_are_there(tmp_path: Path) -> None:
     tiny_tokenizers.save(tmp_path)
     router = Router(tmp_path)
     try:
-        await asyncio.sleep(2)
+        while "Waiting for the shards" not in router.log():
+            assert router.process.poll() is None, router.log()
+            await asyncio.sleep(0.05)
         async with httpx.AsyncClient() as client:
             with pytest.raises(httpx.ConnectError):
                 await client.get(f"{router.url}/health")
