@@ -531,6 +531,15 @@ def prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(NUM_BYTES) for _ in range(length)] for length in lengths]
 
 
+def never_ends(path: Path) -> None:
+    """Take the end-of-sequence token out of a checkpoint's configs: answers run to their length."""
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        fields = json.loads((path / name).read_text())
+        (path / name).write_text(
+            json.dumps({k: v for k, v in fields.items() if not k.startswith("eos_token")})
+        )
+
+
 def save_tokenizer(path: Path, *, vocab_size: int, adds_bos: bool) -> None:
     """A byte-level BPE of exactly `vocab_size` ids: bytes, three special tokens, pairs of letters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,13 +1,12 @@
 """Real servers for the end-to-end tests: one launcher process each, on free ports, gone at the end."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from server import Server
 
 import tiny_models
+from server import Server
 
 Launch = Callable[..., Server]
 
@@ -15,13 +14,8 @@ Launch = Callable[..., Server]
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama-shaped checkpoint in float32 that never ends by itself: answers run to their length."""
-    path = tmp_path_factory.mktemp("tiny-llama")
-    tiny_models.save("llama", path, seed=3)
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        fields = json.loads((path / name).read_text())
-        (path / name).write_text(
-            json.dumps({k: v for k, v in fields.items() if not k.startswith("eos_token")})
-        )
+    path = tiny_models.save("llama", tmp_path_factory.mktemp("tiny-llama"), seed=3)
+    tiny_models.never_ends(path)
     return path
 
 

@@ -1,0 +1,43 @@
+"""A few real faults; `python tests/faults/faults.py` makes 200 of them."""
+
+import pytest
+
+from faults import Answer, Report, pauses_s, run
+
+
+def check(report: Report) -> None:
+    assert report.problems == []
+    assert report.num_disturbed > 0
+    assert max(report.pauses_s) > 0.25  # the launcher's first wait
+
+
+@pytest.mark.timeout(600)
+def test_every_stream_says_what_it_would_have_said() -> None:
+    report = run(3, 1)
+    assert sum(report.num_faults.values()) == 3
+    check(report)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(14400)
+@pytest.mark.parametrize("num_shard", [1, 2])
+def test_two_hundred_faults(num_shard: int) -> None:
+    check(run(200, 2, "--num-shard", str(num_shard)))
+
+
+def test_a_difference_would_be_seen() -> None:
+    said = Answer({0: "ab"}, [1, 2], [-0.5, -1.0], {0: ("ab", "length", 2)})
+    assert said.difference(Answer({0: "ab"}, [1, 2], [-0.5001, -1.0], {0: ("ab", "length", 2)})) is None
+    for other in (
+        Answer({0: "abb"}, [1, 2, 2], [-0.5, -1.0, -1.0], {0: ("abb", "length", 3)}),  # doubled
+        Answer({0: "a"}, [1], [-0.5], {0: ("a", "length", 1)}),  # lost
+        Answer({0: "ab"}, [1, 2], [-0.5, -1.1], {0: ("ab", "length", 2)}),
+        Answer({0: "ab"}, [1, 2], [-0.5, -1.0], {}),  # never ended
+    ):
+        assert said.difference(other) is not None
+
+
+def test_the_pause_is_the_longest_gap_after_a_fault() -> None:
+    assert pauses_s([0.0, 1.0, 2.0, 9.0, 10.0, 14.0, 15.0], [0.5, 1.5, 9.5]) == [1.0, 7.0, 4.0]
+    assert pauses_s([3.0, 4.0], [1.0, 5.0]) == []  # before it began, after it ended
+    assert pauses_s([], [1.0]) == []
