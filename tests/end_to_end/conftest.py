@@ -14,7 +14,17 @@ Launch = Callable[..., Server]
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama-shaped checkpoint in float32 that never ends by itself: answers run to their length."""
-    path = tiny_models.save("llama", tmp_path_factory.mktemp("tiny-llama"), seed=3)
+    return endless("llama", tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_mamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in the shape of a recurrent model."""
+    return endless("mamba", tmp_path_factory.mktemp("tiny-mamba"))
+
+
+def endless(model_type: str, path: Path) -> Path:
+    tiny_models.save(model_type, path, seed=3)
     tiny_models.never_ends(path)
     return path
 

@@ -2,12 +2,13 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from server import Server
 
 from conftest import Launch
+from server import Server
 
 PROMPT = "The quick brown fox jumps over the lazy dog and"
 GREEDY = {"max_new_tokens": 60}
@@ -40,11 +41,15 @@ def answers_alone_and_among_others(server: Server) -> list[str]:
     return alone
 
 
-def test_the_same_answer_alone_among_others_and_on_two_shards(launch: Launch) -> None:
-    with launch() as server:
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_mamba"])
+def test_the_same_answer_alone_among_others_and_on_two_shards(
+    launch: Launch, model: str, request: pytest.FixtureRequest
+) -> None:
+    path = str(request.getfixturevalue(model))
+    with launch(model=path) as server:
         on_one = answers_alone_and_among_others(server)
         check_many_streams(server)
-    with launch("--num-shard", "2") as server:
+    with launch("--num-shard", "2", model=path) as server:
         assert answers_alone_and_among_others(server) == on_one
 
 
@@ -86,3 +91,29 @@ def test_prompt_logprobs_do_not_depend_on_chunks(launch: Launch, num_shard: int)
         assert whole["id"] == chunked["id"]
         if whole["logprob"] is not None:
             assert whole["logprob"] == pytest.approx(chunked["logprob"], abs=1e-4)
+
+
+def test_a_recurrent_models_states_are_slots(launch: Launch, tiny_mamba: Path) -> None:
+    """A cap on tokens caps states; prompts in chunks beside decodes; prompt logprobs; no prefix shared."""
+    limits = ("--max-total-tokens", "256", "--max-batch-total-tokens", "1024")
+    budget = ("--max-batch-prefill-tokens", "16", "--max-concurrent-requests", "16")
+    args = (*limits, *budget, "--enable-prefill-logprobs")
+    with launch(*args, model=str(tiny_mamba)) as server:
+        assert server.metric("tgi_kv_blocks_total") == 4
+        assert server.metric("tgi_batch_max_total_tokens") == 1024
+        requests = [
+            (f"{i} {PROMPT}", {"max_new_tokens": 60, "decoder_input_details": True}) for i in range(12)
+        ]
+        alone = [server.generate(prompt, **parameters) for prompt, parameters in requests]
+        with ThreadPoolExecutor(12) as pool:
+            together = list(pool.map(lambda request: server.generate(request[0], **request[1]), requests))
+        for one, other in zip(alone, together, strict=True):
+            assert one["generated_text"] == other["generated_text"]
+            logprobs = [
+                [token["logprob"] for token in answer["details"]["prefill"][1:]] for answer in (one, other)
+            ]
+            assert len(logprobs[0]) > 40
+            assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+        assert server.metric("tgi_prefix_cache_hit_tokens") == 0
+        assert server.metric("tgi_preemptions") == 0
+        server.wait_for_metric("tgi_kv_blocks_used", 0)
