@@ -55,6 +55,7 @@ prompt logprobs, preemption, ranks that share the inner channels, the same tests
 _RECURRENT = {
     "mamba": ("Mamba", "RMSNorm, selective scan"),
     "falcon_mamba": ("Falcon-Mamba", "RMSNorm, selective scan, norms on time step, B and C"),
+    "mamba2": ("Mamba 2", "RMSNorm, scan in chunks, gated norm of groups"),
 }
 
 

@@ -249,13 +249,23 @@ _CONFIGS |= {
     "mamba": _MAMBA | {"vocab_size": 263, "tie_word_embeddings": False},
     "falcon_mamba": _MAMBA | {"vocab_size": 265, "expand": 3, "conv_kernel": 3},
 }
-RECURRENT = ("mamba", "falcon_mamba")
+_CONFIGS["mamba2"] = {
+    "vocab_size": 267,
+    "hidden_size": 48,
+    "num_heads": 8,
+    "head_dim": 12,
+    "n_groups": 4,
+    "state_size": 10,
+    "num_hidden_layers": 3,
+    "chunk_size": 16,
+}
+RECURRENT = ("mamba", "falcon_mamba", "mamba2")
 FAMILIES = DECODERS + RECURRENT
 
 # Every family takes a short test; these, which have most traits between them, all the others too. `make
 # test-matrix` puts every family to every test.
 REPRESENTATIVES = (
-    *("mamba", "falcon_mamba"),
+    *("mamba", "falcon_mamba", "mamba2"),
     *("llama", "mistral", "gemma2", "gemma3_text", "phi", "cohere2", "olmo2"),
     *("gpt_neox", "gptj", "falcon", "bloom", "opt", "qwen2_moe", "gpt_oss", "deepseek_v3"),
     "llama4_text",
@@ -272,6 +282,7 @@ LONGROPE = {
 # Other settings of a family: name -> (model_type, fields of its config).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba-tied-biases": ("mamba", {"tie_word_embeddings": True, "use_bias": True, "use_conv_bias": False}),
+    "mamba2-one-group": ("mamba2", {"n_groups": 1, "use_bias": True, "tie_word_embeddings": True}),
     "falcon_mamba-half-residual": ("falcon_mamba", {"residual_in_fp32": False, "hidden_act": "gelu"}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),

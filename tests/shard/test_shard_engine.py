@@ -18,7 +18,11 @@ NUM_OUTPUT = 12
 LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 3, 40)
 
 
-EMBEDDINGS = {"llama": "model.embed_tokens.weight", "mamba": "backbone.embeddings.weight"}
+EMBEDDINGS = {
+    "llama": "model.embed_tokens.weight",
+    "mamba": "backbone.embeddings.weight",
+    "mamba2": "backbone.embeddings.weight",
+}
 KINDS = pytest.mark.parametrize("checkpoint", EMBEDDINGS, indirect=True)  # without it: llama
 
 

@@ -110,10 +110,17 @@ def test_groups_that_cannot_share_the_model(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "sentence"), [(5, "96 channels cannot be divided evenly among 5 shards")]
+    ("model_type", "world_size", "sentence"),
+    [
+        ("mamba", 5, "96 channels cannot be divided evenly among 5 shards"),
+        ("mamba2", 3, "8 heads cannot be divided evenly among 3 shards"),
+        ("mamba2", 8, "4 groups of heads cannot be divided evenly among 8 shards"),
+    ],
 )
-def test_groups_that_cannot_share_a_recurrent_model(world_size: int, sentence: str, tmp_path: Path) -> None:
-    without_weights(tiny_models.save("mamba", tmp_path))
+def test_groups_that_cannot_share_a_recurrent_model(
+    model_type: str, world_size: int, sentence: str, tmp_path: Path
+) -> None:
+    without_weights(tiny_models.save(model_type, tmp_path))
     with pytest.raises(UnsupportedModel, match=sentence):
         load(tmp_path, group=Group(0, world_size))
 

@@ -27,6 +27,7 @@ CASES = {  # number of ranks -> what they run
         for variant in (
             *("llama-one-kv-head", "llama-biases", "cohere-qk-norm", "stablelm-parallel", "opt-350m"),
             *("olmo2-one-kv-head", "falcon-40b", "falcon-rw", "gpt_bigcode-many-kv-heads", "bloom-six-heads"),
+            *("mamba2-one-group", "mamba-tied-biases"),
             *("baichuan-2-13b-six-heads", "gpt_oss-mxfp4"),
         )
     },

@@ -66,7 +66,7 @@ from tgi_shard.models.architectures import (
 )
 from tgi_shard.models.model import Model
 from tgi_shard.models.recipe import Recipe
-from tgi_shard.models.recurrent import backbone, mamba
+from tgi_shard.models.recurrent import backbone, mamba, mamba2
 from tgi_shard.models.rope_override import RopeOverride
 from tgi_shard.models.spec import DecoderSpec, HFConfig, UnsupportedModel
 from tgi_shard.weights.checkpoint import Checkpoint
@@ -85,7 +85,7 @@ _ARCHITECTURES: tuple[ModuleType, ...] = (
 )
 BY_MODEL_TYPE = {model_type: module for module in _ARCHITECTURES for model_type in module.MODEL_TYPES}
 
-RECURRENT = {model_type: module for module in (mamba,) for model_type in module.MODEL_TYPES}
+RECURRENT = {model_type: module for module in (mamba, mamba2) for model_type in module.MODEL_TYPES}
 
 # Buffers that old exports wrote beside the weights: masks, and frequencies that follow from the config.
 _NO_WEIGHTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")

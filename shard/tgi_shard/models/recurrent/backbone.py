@@ -12,6 +12,7 @@ from tgi_shard.layers.causal_conv import ConvPlaces
 from tgi_shard.layers.embedding import Head, TokenEmbedding, vocab_rows
 from tgi_shard.layers.norm import RMSNorm, WideRMSNorm
 from tgi_shard.layers.selective_scan import Schedule
+from tgi_shard.layers.state_space_dual import Chunks
 from tgi_shard.models.spec import HFConfig
 from tgi_shard.quantization.dense import Dense
 from tgi_shard.state_cache import StateCache, StateShape
@@ -19,6 +20,9 @@ from tgi_shard.step import StepInputs
 from tgi_shard.weights.loading import Weights
 
 HEAD = "lm_head"
+
+AnySchedule = Schedule | Chunks
+MakeSchedule = Callable[[tuple[int, ...], torch.device], AnySchedule]  # from query_lens
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +54,10 @@ class Step:
     blocks: Tensor  # [R] int64: whose state is where
     begins: Tensor | None  # [R] bool: rows whose first token this is; None: no row's
     places: ConvPlaces
-    schedule: Schedule
+    schedule: AnySchedule  # the order in which the mixers take the tokens
 
     @classmethod
-    def of(cls, inputs: StepInputs, cache: StateCache) -> "Step":
-        device = inputs.token_ids.device
+    def of(cls, inputs: StepInputs, cache: StateCache, make_schedule: MakeSchedule) -> "Step":
         begins = None
         if any(map(int.__eq__, inputs.query_lens, inputs.context_lens_host)):
             begins = inputs.context_lens == inputs.query_starts.diff()
@@ -64,7 +67,7 @@ class Step:
             inputs.block_tables[:, 0],
             begins,
             ConvPlaces.of(inputs.query_starts, len(inputs.token_ids), num_taps),
-            Schedule.of(inputs.query_lens, device),
+            make_schedule(inputs.query_lens, inputs.token_ids.device),
         )
 
 
@@ -89,9 +92,10 @@ class RecurrentModel:
     head: Head
     has_float_residual: bool
     dtype: torch.dtype
+    make_schedule: MakeSchedule
 
     def forward(self, inputs: StepInputs, kv_cache: StateCache) -> Tensor:
-        step = Step.of(inputs, kv_cache)
+        step = Step.of(inputs, kv_cache, self.make_schedule)
         hidden = self.embedding(inputs.token_ids)
         if self.has_float_residual:
             hidden = hidden.float()
@@ -107,6 +111,7 @@ def load(
     weights: Weights,
     group: Group,
     load_mixer: Callable[[int, str], Mixer],
+    make_schedule: MakeSchedule,
 ) -> RecurrentModel:
     """load_mixer: from a layer's number and the prefix of its mixer's names."""
     size = dims.hidden_size
@@ -134,6 +139,7 @@ def load(
         head=Head(method, method.prepare({"weight": head_table}), None, dims.vocab_size, group),
         has_float_residual=dims.has_float_residual,
         dtype=weights.dtype,
+        make_schedule=make_schedule,
     )
 
 

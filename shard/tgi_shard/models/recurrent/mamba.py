@@ -14,7 +14,7 @@ from tgi_shard.distributed import Group
 from tgi_shard.layers.activation import ACTIVATIONS
 from tgi_shard.layers.causal_conv import CausalConv
 from tgi_shard.layers.linear import Linear, Piece, column_parallel, row_parallel
-from tgi_shard.layers.selective_scan import selective_scan
+from tgi_shard.layers.selective_scan import Schedule, selective_scan
 from tgi_shard.models.recurrent import backbone
 from tgi_shard.models.recurrent.backbone import Dims, RecurrentModel, Step, read_float
 from tgi_shard.models.spec import HFConfig, UnsupportedModel
@@ -52,7 +52,8 @@ class MambaSpec:
             state=(channels, self.state_size),
             dtype=weights.dtype,
         )
-        return backbone.load(self.dims, kv_shape, weights, group, partial(_load_mixer, self, weights, group))
+        load_mixer = partial(_load_mixer, self, weights, group)
+        return backbone.load(self.dims, kv_shape, weights, group, load_mixer, Schedule.of)
 
 
 def spec(config: HFConfig) -> MambaSpec:
@@ -84,6 +85,7 @@ class MambaMixer:
     outward: Linear
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
+        assert isinstance(step.schedule, Schedule)
         x, gate = self.inward(x).chunk(2, dim=-1)
         history, state = step.cache.read(self.layer, step.blocks, step.begins)
         x, history = self.conv(x, history, step.places)
