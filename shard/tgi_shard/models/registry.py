@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from tgi_shard import model_folder
 from tgi_shard.distributed import Group
@@ -88,8 +88,9 @@ _ARCHITECTURES: tuple[ModuleType, ...] = (
 )
 BY_MODEL_TYPE = {model_type: module for module in _ARCHITECTURES for model_type in module.MODEL_TYPES}
 ENCODER_DECODERS = {model_type: module for module in (t5,) for model_type in module.MODEL_TYPES}
-
 RECURRENT = {model_type: module for module in (mamba, mamba2) for model_type in module.MODEL_TYPES}
+# All others run through transformers, if they can.
+_OURS = BY_MODEL_TYPE | ENCODER_DECODERS | RECURRENT
 
 # Buffers that old exports wrote beside the weights: masks, and frequencies that follow from the config.
 _NO_WEIGHTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
@@ -115,15 +116,22 @@ def load_model(
     device: torch.device,
     group: Group,
     rope_override: RopeOverride | None = None,
+    trust_remote_code: bool = False,
+    through_transformers: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Read this rank's part of the model in `model_path`.
 
-    dtype: None for the checkpoint's own. progress(bytes_done, bytes_total) is called as tensors are read.
+    dtype: None for the checkpoint's own. through_transformers: also a model that has a page of ours, to hold
+    the two ways against one another. progress(bytes_done, bytes_total) is called as tensors are read.
     Raises UnsupportedModel before any weight is read, CheckpointError where the weights are not what the
     config says; both are ModelErrors.
     """
-    config = _read_config(model_path)
+    config = _read_config(model_path, trust_remote_code)
+    if through_transformers or config.model_type not in _OURS:
+        return _load_through_transformers(
+            model_path, config, dtype, device, group, rope_override, trust_remote_code, progress
+        )
     if config.model_type in ENCODER_DECODERS:
         spec: EncoderDecoderSpec = ENCODER_DECODERS[config.model_type].spec(config, rope_override)
         return _load_encoder_decoder(model_path, config, spec, dtype, device, group, progress)
@@ -173,20 +181,53 @@ def _warn_of_unread(weights: Weights, *copies: str) -> None:
         log.warning("%d tensors of the checkpoint are not used: %s ...", len(unread), ", ".join(unread[:8]))
 
 
-def _read_config(model_path: Path) -> HFConfig:
+def _load_through_transformers(
+    model_path: Path,
+    config: HFConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    group: Group,
+    rope_override: RopeOverride | None,
+    trust_remote_code: bool,
+    progress: Callable[[int, int], None] | None,
+) -> LoadedModel:
+    # Imported here: transformers' modeling code takes seconds that models with a page of ours need not spend.
+    from tgi_shard.models import transformers_fallback
+
+    with Checkpoint.open(model_path) as checkpoint:
+        chosen = _dtype(dtype, config, checkpoint)
+        prepared = transformers_fallback.prepare(config, chosen, group, rope_override, trust_remote_code)
+        weights = Weights(checkpoint, chosen, device, progress)
+        model = transformers_fallback.load(prepared, weights, group)
+        _warn_of_unread(weights, "lm_head.weight")
+    longest = getattr(config, "max_position_embeddings", None) or 0
+    return LoadedModel(model, config.model_type, config.vocab_size, longest, chosen)
+
+
+def _read_config(model_path: Path, trust_remote_code: bool) -> HFConfig:
     raw = model_folder.read_config(model_path)
     model_type = raw.get("model_type")
-    if model_type not in (served := BY_MODEL_TYPE | RECURRENT | ENCODER_DECODERS):
-        known = ", ".join(sorted(served))
-        raise UnsupportedModel(f"model type {model_type!r} is not supported yet; supported are {known}")
+    if model_type not in _OURS and model_type not in CONFIG_MAPPING:
+        if "auto_map" not in raw:
+            raise UnsupportedModel(f"model type {model_type!r} is not supported yet; see docs/models.md")
+        if not trust_remote_code:
+            raise UnsupportedModel(
+                f"model type {model_type!r} comes with code of its own, which only --trust-remote-code "
+                "allows to run"
+            )
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method")
-        if method not in getattr(BY_MODEL_TYPE[model_type], "QUANTIZATIONS", ()):
+        if method not in getattr(_OURS.get(model_type), "QUANTIZATIONS", ()):
             raise UnsupportedModel(
                 f"checkpoints quantized with {method!r} are not supported yet for {model_type} models"
             )
     try:
-        return AutoConfig.from_pretrained(model_path, local_files_only=True)
+        return AutoConfig.from_pretrained(
+            model_path,
+            local_files_only=True,
+            # Code that comes with a model that we or transformers know is not needed, and not run.
+            trust_remote_code=trust_remote_code and model_type not in _OURS,
+        )
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise UnsupportedModel(
             f"config.json in {model_path} is no valid {model_type} config: {error}"
