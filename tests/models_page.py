@@ -3,7 +3,7 @@
 Run `python tests/models_page.py` after a change of either; test_shard_models_page.py compares.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -73,6 +73,27 @@ there.
 |---|---|---|
 """
 
+_FALLBACK = """
+## Every other decoder of transformers
+
+A decoder that has no row above runs by transformers' own code on our paged attention, if it lets attention be
+replaced (`_supports_attention_backend`). With `--trust-remote-code` so does one that brings its code along.
+Before weights are read the model runs once on the meta device, without numbers. What it asks of attention is
+noted there: causal masks, sliding windows, soft-caps, sinks and scales are honoured, and any other wish is an
+error. Refused too, each in a sentence: layers with another memory than keys and values (convolutions, linear
+attention, state spaces), encoders, other inputs than text, rope that depends on the length of a batch
+(dynamic, longrope), `--rope-scaling`, layers with different numbers of heads.
+
+On several ranks it is cut by the plan that transformers has for it, where that asks for linears alone;
+embeddings and the head stay whole on every rank. KV heads must divide evenly. A mixture of experts, or a
+family without a plan, runs on one rank.
+
+What cannot be seen beforehand: code that mixes tokens by itself, neither in attention nor through its cache.
+
+The tests hold these against transformers as those above: {own}; and, on this path too, {both}.
+On two ranks: {ranks}.
+"""
+
 _RECURRENT = {
     "mamba": ("Mamba", "RMSNorm, selective scan"),
     "falcon_mamba": ("Falcon-Mamba", "RMSNorm, selective scan, norms on time step, B and C"),
@@ -85,7 +106,14 @@ def page() -> str:
     recurrent = "".join(_recurrent_row(model_type) for model_type in sorted(tiny_models.RECURRENT))
     modules = dict.fromkeys(registry.ENCODER_DECODERS.values())
     encoder_decoders = "".join(map(_encoder_decoder_row, modules))
-    return _HEAD + decoders + _RECURRENT_HEAD + recurrent + _ENCODER_DECODER_HEAD + encoder_decoders
+    fallback = _FALLBACK.format(
+        own=_names(tiny_models.FALLBACK),
+        both=_names(tiny_models.BOTH_WAYS),
+        ranks=_names(tiny_models.FALLBACK_ON_RANKS),
+    )
+    return "".join(
+        (_HEAD, decoders, _RECURRENT_HEAD, recurrent, _ENCODER_DECODER_HEAD, encoder_decoders, fallback)
+    )
 
 
 def _encoder_decoder_row(module: ModuleType) -> str:
@@ -116,6 +144,10 @@ def _of_encoder_decoder(spec: EncoderDecoderSpec) -> Iterator[str]:
     if any(scale != 1 for scale in (spec.embedding_scale, spec.logit_scale)):
         yield "multipliers"
     yield "gated MLP" if len(spec.decoder.names.mlp_in) == 2 else "plain MLP"
+
+
+def _names(model_types: Iterable[str]) -> str:
+    return ", ".join(f"`{model_type}`" for model_type in sorted(model_types))
 
 
 def _row(model_type: str) -> str:

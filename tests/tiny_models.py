@@ -284,6 +284,42 @@ _CONFIGS["mamba2"] = {
 RECURRENT = ("mamba", "falcon_mamba", "mamba2")
 FAMILIES = DECODERS + RECURRENT
 
+_ROTARY = {"rope_parameters": ROPE | {"rope_type": "default"}}
+_EXPERTS = {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "num_hidden_layers": 3}
+# Families that have no page of ours and run through transformers.
+FALLBACK: dict[str, dict[str, Any]] = {
+    "apertus": _COMMON | _ROTARY | {"vocab_size": 263},
+    "arcee": _COMMON | {"vocab_size": 263, "head_dim": 16},
+    "bitnet": _COMMON | {"vocab_size": 263},
+    "cwm": _COMMON
+    | _ROTARY
+    | {"vocab_size": 263, "sliding_window": 20, "num_hidden_layers": 3}
+    | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    "diffllama": _COMMON | {"vocab_size": 263},
+    "ernie4_5": _COMMON | {"vocab_size": 263, "head_dim": 24, "tie_word_embeddings": True},
+    "exaone": _COMMON | {"vocab_size": 263},
+    "helium": _COMMON | {"vocab_size": 263, "head_dim": 16},
+    "hunyuan_v1_dense": _COMMON | {"vocab_size": 263, "head_dim": 16},
+    "jais2": _COMMON | {"vocab_size": 263, "head_dim": 16},
+    "nanochat": _COMMON | {"vocab_size": 263},
+    "nemotron": _COMMON | {"vocab_size": 263, "head_dim": 16},
+    "persimmon": _COMMON | {"vocab_size": 263, "num_key_value_heads": 4},
+    "seed_oss": _COMMON | {"vocab_size": 263, "head_dim": 24},
+    "vaultgemma": _COMMON
+    | {"vocab_size": 263, "head_dim": 24, "sliding_window": 20, "attn_logit_softcapping": 5.0},
+    "dots1": _COMMON
+    | _EXPERTS
+    | {"vocab_size": 263, "n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    | {"sliding_window": None},
+    "ernie4_5_moe": _COMMON
+    | _EXPERTS
+    | {"vocab_size": 263, "moe_num_experts": 6, "moe_k": 2, "moe_layer_start_index": 1},
+}
+# Of those, the ones that the tests put on two ranks.
+FALLBACK_ON_RANKS = ("apertus", "ernie4_5", "exaone", "helium", "nanochat", "nemotron", "vaultgemma")
+# Those with a page that take the tests on that path too.
+BOTH_WAYS = ("llama", "gemma2", "cohere2", "gpt_oss", "qwen2_moe", "gptj")
+
 # Every family takes a short test; these, which have most traits between them, all the others too. `make
 # test-matrix` puts every family to every test.
 REPRESENTATIVES = (
@@ -493,7 +529,7 @@ def _config(model_type: str, dtype: torch.dtype, overrides: dict[str, Any]) -> P
         )
     spread = "init_std" if model_type == "opt" else "initializer_range"
     special = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
-    fields = {spread: 0.2} | _CONFIGS[model_type] | special | overrides
+    fields = {spread: 0.2} | (_CONFIGS | FALLBACK)[model_type] | special | overrides
     return AutoConfig.for_model(model_type, dtype=dtype, **fields)
 
 
@@ -547,7 +583,7 @@ def oracle(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         return baichuan_oracle.load(checkpoint, dtype)
     if model_type in ENCODER_DECODERS:
         return AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=dtype)
-    is_plain = model_type in ("gemma2", "gemma3_text", "gpt_oss")
+    is_plain = model_type in ("gemma2", "gemma3_text", "gpt_oss", "vaultgemma")
     is_packed = "quantization_config" in json.loads((checkpoint / "config.json").read_text())
     return AutoModelForCausalLM.from_pretrained(
         checkpoint,

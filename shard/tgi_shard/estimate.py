@@ -62,6 +62,7 @@ def estimate(
     device: torch.device,
     num_ranks: int,
     rope_override: RopeOverride | None,
+    trust_remote_code: bool = False,
     memory_fraction: float,
     limits: Limits,
 ) -> Estimate:
@@ -73,6 +74,7 @@ def estimate(
             device=torch.device("meta"),
             group=Group(rank, num_ranks),
             rope_override=rope_override,
+            trust_remote_code=trust_remote_code,
         )
         for rank in range(num_ranks)
     ]

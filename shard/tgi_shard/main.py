@@ -236,6 +236,7 @@ def plan(
             device=settings.device,
             num_ranks=num_shard,
             rope_override=settings.rope_override,
+            trust_remote_code=settings.trust_remote_code,
             memory_fraction=settings.memory_fraction,
             limits=Limits(max_batch_prefill_tokens, max_total_tokens or 0, max_batch_size),
         )

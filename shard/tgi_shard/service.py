@@ -87,6 +87,7 @@ def _load(settings: Settings, group: Group) -> LoadedModel:
         device=settings.device,
         group=group,
         rope_override=settings.rope_override,
+        trust_remote_code=settings.trust_remote_code,
         progress=progress,
     )
     seconds = max(time.monotonic() - began_at, 1e-3)

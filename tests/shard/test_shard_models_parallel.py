@@ -26,6 +26,7 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 CASES = {  # number of ranks -> what they run
     2: FAMILIES
     | ENCODER_DECODERS
+    | {model_type: (model_type, {}) for model_type in tiny_models.FALLBACK_ON_RANKS}
     | {
         variant: tiny_models.VARIANTS[variant]
         for variant in (

@@ -17,6 +17,7 @@ from model_steps import Row, Stepper
 from tgi_shard.distributed import SINGLE
 from tgi_shard.models.registry import LoadedModel, load_model
 from tgi_shard.models.rope_override import RopeOverride
+from tgi_shard.models.transformers_fallback import TransformersModel
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
@@ -55,14 +56,32 @@ ALL = [
 ]
 
 
+THROUGH_TRANSFORMERS = [
+    pytest.param(
+        f"{model_type}, through transformers",
+        marks=[] if model_type in ("vaultgemma", "diffllama", "dots1") else pytest.mark.matrix,
+    )
+    for model_type in (*tiny_models.FALLBACK, *tiny_models.BOTH_WAYS)
+]
+
+
+@pytest.mark.parametrize("model_type", [*tiny_models.FALLBACK, *tiny_models.BOTH_WAYS])
+def test_every_family_of_the_fallback(model_type: str, tmp_path: Path) -> None:
+    both = pair(tiny_models.save(model_type, tmp_path), through_transformers=True)
+    assert isinstance(both.loaded.model, TransformersModel)
+    _assert_same_after_prefill_and_decode(both)
+
+
 @pytest.mark.parametrize("model_type", tiny_models.FAMILIES)
 def test_every_family(model_type: str, tmp_path: Path) -> None:
     _assert_same_after_prefill_and_decode(pair(tiny_models.save(model_type, tmp_path)))
 
 
-@pytest.fixture(scope="module", params=ALL)
+@pytest.fixture(scope="module", params=[*ALL, *THROUGH_TRANSFORMERS])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return pair(tiny_models.save(request.param, tmp_path_factory.mktemp(request.param)))
+    model_type, _, path = request.param.partition(", ")
+    checkpoint = tiny_models.save(model_type, tmp_path_factory.mktemp(model_type))
+    return pair(checkpoint, through_transformers=path == "through transformers")
 
 
 def test_prompt_logits_in_one_ragged_batch(family: Pair) -> None:

@@ -209,11 +209,11 @@ def _read_config(model_path: Path, trust_remote_code: bool) -> HFConfig:
     model_type = raw.get("model_type")
     if model_type not in _OURS and model_type not in CONFIG_MAPPING:
         if "auto_map" not in raw:
-            raise UnsupportedModel(f"model type {model_type!r} is not supported yet; see docs/models.md")
+            raise UnsupportedModel(f"model type {model_type!r} is not supported yet: transformers has none")
         if not trust_remote_code:
             raise UnsupportedModel(
-                f"model type {model_type!r} comes with code of its own, which only --trust-remote-code "
-                "allows to run"
+                f"model type {model_type!r} comes with code of its own, which runs with "
+                "--trust-remote-code only"
             )
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method")

@@ -11,7 +11,7 @@ A step's tokens are one sequence of a batch of one to the model; whose they are 
 from dataclasses import dataclass
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights  # type: ignore[import-untyped]  # it has no types
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

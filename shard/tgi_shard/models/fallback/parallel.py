@@ -60,12 +60,13 @@ def check_group(model: PreTrainedModel, world_size: int) -> None:
     for name, count in (("attention", num_heads), ("key-value", num_kv_heads)):
         if count % world_size:
             raise UnsupportedModel(
-                f"{count} {name} heads of {config.model_type} cannot be divided evenly among {world_size} shards"
+                f"{count} {name} heads of {config.model_type} cannot be divided evenly among "
+                f"{world_size} shards"
             )
 
 
 def cut(model: PreTrainedModel, group: Group) -> dict[str, Projection]:
-    """Put a Projection in the place of each linear that ranks share: name -> itself. Raises UnsupportedModel."""
+    """Put a Projection in the place of each linear that ranks share; by name. Raises UnsupportedModel."""
     model_type = model.config.model_type
     plan = {_pattern(names): style for names, style in (model._tp_plan or {}).items()}
     placed: dict[str, Projection] = {}

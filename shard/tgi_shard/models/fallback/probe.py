@@ -1,8 +1,8 @@
 """What a model of transformers asks of attention, found out before its weights are read.
 
 A copy of the model on the meta device runs once. Our attention function notes each call; our mask function
-hands out, in place of a mask, the rule that the mask would follow; a cache that knows keys and values alone
-betrays layers that remember something else. Whatever paged attention cannot honour is refused here, so that at
+hands out, in place of a mask, the rule that it would follow; a cache that knows keys and values alone betrays
+layers that remember something else. Whatever paged attention cannot honour is refused here, so that at
 run time nothing is ever ignored.
 """
 
@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,19 @@ _NUM_TOKENS = 8
 _HONOURED = {"scaling", "sliding_window", "softcap", "s_aux"}
 _WITHOUT_EFFECT = {
     *("dropout", "position_ids", "use_cache", "cache", "past_key_values", "logits_to_keep"),
-    *("output_attentions", "output_hidden_states", "return_dict", "position_embeddings"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+    "position_embeddings",
 }
 
 
 def attention_calls(model: PreTrainedModel) -> tuple[Call, ...]:
     """The calls of attention in a forward pass, in order. Raises UnsupportedModel. `model` stays as it is."""
-    probed = copy.deepcopy(model).to("meta")
+    probed = copy.deepcopy(model)
+    nn.Module.to(probed, "meta")
     probed.config._attn_implementation = _NAME
     probe = _Probe()
     for name, module in probed.named_modules():
-        module.probe, module.probed_name = probe, name  # type: ignore[assignment]
+        module.probed = _Probed(probe, name)
         if type(module).__name__.endswith("Experts"):
             # Which tokens an expert gets depends on numbers, and there are none here.
             module.forward = _first_argument
@@ -64,6 +66,14 @@ def takes(model: nn.Module, argument: str) -> bool:
 class _Probe:
     calls: list[Call] = field(default_factory=list)
     layers: set[int] = field(default_factory=set)  # those that store keys and values
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """What a module needs to note its calls."""
+
+    probe: _Probe
+    module: str
 
 
 @dataclass
@@ -112,7 +122,8 @@ def _mask(*_: Any, mask_function: Callable[..., Tensor], **__: Any) -> _Mask:
 def _note(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **arguments: Any
 ) -> tuple[Tensor, None]:
-    probe, name, config = module.probe, module.probed_name, module.config  # type: ignore[union-attr]
+    probed, config = module.probed, cast(Any, module.config)
+    assert isinstance(probed, _Probed)
     model_type = config.model_type
     for argument, given in arguments.items():
         is_known = argument in _HONOURED or argument in _WITHOUT_EFFECT
@@ -123,22 +134,24 @@ def _note(
     if not isinstance(attention_mask, _Mask):
         raise UnsupportedModel(f"{model_type} makes an attention mask of its own, which we do not know")
     windows = (arguments.get("sliding_window"), getattr(config, "sliding_window", None), None)
-    window = next((window for window in windows if attention_mask.has_window(window)), "none")
-    if window == "none":
-        raise UnsupportedModel(f"{model_type} has an attention mask that is no causal one with a window")
+    fitting = [window for window in windows if attention_mask.has_window(window)]
+    if not fitting:
+        raise UnsupportedModel(
+            f"{model_type} has an attention mask that is not causal, or more than a window"
+        )
     scale = arguments.get("scaling")
     sinks = arguments.get("s_aux")
     if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
         raise UnsupportedModel(f"{model_type} has attention sinks of shape {list(sinks.shape)}")
-    probe.calls.append(
+    probed.probe.calls.append(
         Call(
-            module=name,
+            module=probed.module,
             num_heads=query.shape[1],
             num_kv_heads=key.shape[1],
             key_dim=key.shape[-1],
             value_dim=value.shape[-1],
             scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
-            window=window,
+            window=fitting[0],
         )
     )
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[-1])), None
@@ -151,6 +164,8 @@ def _check(model: PreTrainedModel, probe: _Probe) -> None:
             f"{model_type} keeps keys and values in {len(probe.layers)} of its {num_layers} layers: layers "
             "with another memory are not supported"
         )
+    if not probe.calls:
+        raise UnsupportedModel(f"{model_type} does not call attention where it could be replaced")
     shapes = {(call.num_heads, call.num_kv_heads) for call in probe.calls}
     if len(shapes) != 1:
         raise UnsupportedModel(f"{model_type} has layers with different numbers of heads: {sorted(shapes)}")

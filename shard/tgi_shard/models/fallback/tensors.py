@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint become a parameter: by transformers' own table of renamings and conversions.
 
-Of its conversions we do the one that most mixtures of experts need: a matrix for each expert becomes one tensor
-for all, with gate and up projections one above the other.
+Of its conversions we do the one that most mixtures of experts need: a matrix for each expert becomes one
+tensor for all, with gate and up projections one above the other.
 """
 
 import re
