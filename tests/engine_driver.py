@@ -36,6 +36,7 @@ def load_engine(
             block_size=block_size,
             vocab_size=loaded.vocab_size,
             device=device,
+            num_start_tokens=len(loaded.decoder_start_token_ids),
         ),
         Sampler(),
         group,

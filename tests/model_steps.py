@@ -20,6 +20,10 @@ class Row:
     token_ids: list[int]
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
+    prompt_len: int = 0  # 0: all that is there to begin with
+
+    def __post_init__(self) -> None:
+        self.prompt_len = self.prompt_len or len(self.token_ids)
 
 
 class Stepper:
@@ -77,6 +81,7 @@ class Stepper:
             logit_indices=torch.tensor(list(wanted), dtype=torch.int64, device=self.device),
             query_lens=tuple(num_tokens for _, num_tokens in scheduled),
             context_lens_host=tuple(context_lens),
+            prompt_lens=tuple(row.prompt_len for row, _ in scheduled),
         )
 
     def prefill(self, prompts: Iterable[list[int]]) -> tuple[list[Row], Tensor]:

@@ -6,10 +6,12 @@ Run `python tests/models_page.py` after a change of either; test_shard_models_pa
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 
 import tiny_models
 from tgi_shard.layers.rotary import Rope
 from tgi_shard.models import registry
+from tgi_shard.models.encoder_decoder.spec import EncoderDecoderSpec
 from tgi_shard.models.spec import Attention, DecoderSpec
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
@@ -52,6 +54,25 @@ prompt logprobs, preemption, ranks that share the inner channels, the same tests
 |---|---|---|
 """
 
+_ENCODER_DECODER_HEAD = """
+## Encoder-decoders
+
+The prompt is the encoder's text; the answer begins with the decoder's start token, which nobody sees. An
+encoder reads a prompt as a whole, so a prompt is never cut into chunks nor shared with another, and
+`--max-input-tokens` is at most `--max-batch-prefill-tokens` less a token for every answer that may run beside
+it, and one for the start token. Penalties are over what the decoder has said. A prompt has no logprobs:
+`decoder_input_details` is refused where `--enable-prefill-logprobs` would answer it, and so are the `echo`
+and `logprobs` that need them.
+
+All are tested like the families above that are marked with *: ragged batches, decodes beside prompts, answers
+that are preempted and taken up again (whole, and in chunks), neighbours, bfloat16, one rank and two; and one
+of them behind a real server, whose shard is killed in mid-answer. T5 leaves float16's range and is refused
+there.
+
+| family (`model_type`) | traits | variants tested |
+|---|---|---|
+"""
+
 _RECURRENT = {
     "mamba": ("Mamba", "RMSNorm, selective scan"),
     "falcon_mamba": ("Falcon-Mamba", "RMSNorm, selective scan, norms on time step, B and C"),
@@ -61,7 +82,39 @@ _RECURRENT = {
 def page() -> str:
     decoders = "".join(_row(model_type) for model_type in sorted(tiny_models.DECODERS))
     recurrent = "".join(_recurrent_row(model_type) for model_type in sorted(tiny_models.RECURRENT))
-    return _HEAD + decoders + _RECURRENT_HEAD + recurrent
+    modules = dict.fromkeys(registry.ENCODER_DECODERS.values())
+    encoder_decoders = "".join(map(_encoder_decoder_row, modules))
+    return _HEAD + decoders + _RECURRENT_HEAD + recurrent + _ENCODER_DECODER_HEAD + encoder_decoders
+
+
+def _encoder_decoder_row(module: ModuleType) -> str:
+    assert module.__doc__ is not None
+    title = module.__doc__.split(" (")[0].strip()
+    names = ", ".join(f"`{name}`" for name in module.MODEL_TYPES)
+    cases = [
+        *((model_type, {}) for model_type in module.MODEL_TYPES),
+        *(case for case in tiny_models.ENCODER_DECODER_VARIANTS.values() if case[0] in module.MODEL_TYPES),
+    ]
+    specs = (module.spec(tiny_models.config(of, **fields), None) for of, fields in cases)
+    traits = ", ".join(dict.fromkeys(chain.from_iterable(map(_of_encoder_decoder, specs))))
+    variants = ", ".join(
+        variant.removeprefix(f"{of}-")
+        for variant, (of, _) in tiny_models.ENCODER_DECODER_VARIANTS.items()
+        if of in module.MODEL_TYPES
+    )
+    return f"| {title} ({names}) | {traits} | {variants} |\n"
+
+
+def _of_encoder_decoder(spec: EncoderDecoderSpec) -> Iterator[str]:
+    yield {"rms": "RMSNorm", "layer": "LayerNorm"}[spec.norm]
+    if spec.norms == "of_sum":
+        yield "norms of sums"
+    yield "learned positions" if spec.relative is None else "relative positions"
+    if spec.has_biases:
+        yield "biases"
+    if any(scale != 1 for scale in (spec.embedding_scale, spec.logit_scale)):
+        yield "multipliers"
+    yield "gated MLP" if len(spec.decoder.names.mlp_in) == 2 else "plain MLP"
 
 
 def _row(model_type: str) -> str:

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     GenerationConfig,
     Mxfp4Config,
     PreTrainedConfig,
@@ -242,7 +243,28 @@ _CONFIGS |= {
     },
 }
 
+_T5 = {
+    "d_model": 48,
+    "d_kv": 20,
+    "d_ff": 80,
+    "num_heads": 4,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "relative_attention_num_buckets": 12,
+    "relative_attention_max_distance": 40,
+    "decoder_start_token_id": PAD_ID,
+}
+_ENCODER_DECODER_CONFIGS: dict[str, dict[str, Any]] = {
+    "t5": _T5 | {"vocab_size": 263},
+    "mt5": _T5 | {"vocab_size": 270},
+}
+
 DECODERS: tuple[str, ...] = tuple(_CONFIGS)
+ENCODER_DECODERS: tuple[str, ...] = tuple(_ENCODER_DECODER_CONFIGS)
+# Other settings: name -> (model_type, fields of its config).
+ENCODER_DECODER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5-gated": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+}
 
 _MAMBA = {"hidden_size": 48, "state_size": 12, "num_hidden_layers": 3, "time_step_rank": 7}
 _CONFIGS |= {
@@ -450,6 +472,14 @@ def config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 
 
 def _config(model_type: str, dtype: torch.dtype, overrides: dict[str, Any]) -> PreTrainedConfig:
+    if model_type in ENCODER_DECODERS:
+        return AutoConfig.for_model(
+            model_type,
+            dtype=dtype,
+            **_ENCODER_DECODER_CONFIGS[model_type]
+            | {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+            | overrides,
+        )
     spread = "init_std" if model_type == "opt" else "initializer_range"
     special = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
     fields = {spread: 0.2} | _CONFIGS[model_type] | special | overrides
@@ -477,10 +507,16 @@ def save(
         if is_baichuan:
             model = baichuan_oracle.new(config)
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model = auto.from_config(config, dtype=torch.float32)
         _roughen(model)
     model.to(dtype)
-    described = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    described = GenerationConfig(
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        decoder_start_token_id=PAD_ID if config.is_encoder_decoder else None,
+    )
     if is_baichuan:
         baichuan_oracle.save(model, config, path)
         described.save_pretrained(path)
@@ -498,6 +534,8 @@ def oracle(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     model_type = AutoConfig.from_pretrained(checkpoint).model_type
     if model_type == "baichuan":
         return baichuan_oracle.load(checkpoint, dtype)
+    if model_type in ENCODER_DECODERS:
+        return AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=dtype)
     is_plain = model_type in ("gemma2", "gemma3_text", "gpt_oss")
     is_packed = "quantization_config" in json.loads((checkpoint / "config.json").read_text())
     return AutoModelForCausalLM.from_pretrained(
@@ -579,6 +617,8 @@ def _roughen(model: torch.nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+            if "relative_attention_bias" in name:
+                parameter.add_(torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.add_(torch.randn_like(buffer) * 0.2)

@@ -76,7 +76,10 @@ def read(config: Any) -> ModelInfo:
     num_heads = _whole(config, "num_attention_heads", "n_head")
     return ModelInfo(
         model_type=_text(config, "model_type"),
-        max_position_embeddings=_whole(config, "max_position_embeddings", "max_seq_len", "n_positions"),
+        # An encoder-decoder's n_positions limits no step: T5 has relative positions.
+        max_position_embeddings=None
+        if config.get("is_encoder_decoder")
+        else _whole(config, "max_position_embeddings", "max_seq_len", "n_positions"),
         hidden_size=hidden_size,
         intermediate_size=_whole(config, "intermediate_size"),
         num_heads=num_heads,

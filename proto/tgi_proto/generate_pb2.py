@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tgi_proto/generate.proto\x12\x06tgi.v1\"\r\n\x0bInfoRequest\"\xb4\x01\n\x0cInfoResponse\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x1f\n\x17max_position_embeddings\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x12\n\nworld_size\x18\x07 \x01(\r\x12\x0c\n\x04rank\x18\x08 \x01(\r\"\x0f\n\rHealthRequest\"s\n\x0eHealthResponse\x12\x14\n\x0clast_step_id\x18\x01 \x01(\x04\x12\x17\n\x0flast_step_age_s\x18\x02 \x01(\x01\x12\x1a\n\x12\x63urrent_step_age_s\x18\x03 \x01(\x01\x12\x16\n\x0elongest_step_s\x18\x04 \x01(\x01\"Y\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x18\n\x10max_total_tokens\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\"m\n\x0eWarmupResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x18\n\x10max_total_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x62locks_are_states\x18\x04 \x01(\x08\"\xe0\x02\n\x12SamplingParameters\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\x11\n\ttypical_p\x18\x05 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12 \n\x18output_frequency_penalty\x18\x08 \x01(\x02\x12\x1f\n\x17output_presence_penalty\x18\t \x01(\x02\x12\x11\n\twatermark\x18\n \x01(\x08\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x0c \x01(\r\x12\r\n\x05min_p\x18\r \x01(\x02\x12\x1c\n\x14logit_bias_token_ids\x18\x0e \x03(\r\x12\x19\n\x11logit_bias_values\x18\x0f \x03(\x02\"\xe3\x01\n\x0b\x41\x64\x64Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.tgi.v1.SamplingParameters\x12\x14\n\x0ctop_n_tokens\x18\x06 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x07 \x01(\x08\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\"Y\n\nRunRequest\x12 \n\x04plan\x18\x01 \x01(\x0b\x32\x10.tgi.v1.StepPlanH\x00\x12\x1e\n\x05masks\x18\x02 \x01(\x0b\x32\r.tgi.v1.MasksH\x00\x42\t\n\x07request\"\xd2\x01\n\x08StepPlan\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x19\n\x11\x64rop_sequence_ids\x18\x02 \x03(\x04\x12 \n\x03\x61\x64\x64\x18\x03 \x03(\x0b\x32\x13.tgi.v1.AddSequence\x12\x18\n\x10run_sequence_ids\x18\x04 \x03(\x04\x12\x16\n\x0erun_num_tokens\x18\x05 \x03(\r\x12\x1a\n\x12run_num_new_blocks\x18\x06 \x03(\r\x12\x15\n\rnew_block_ids\x18\x07 \x03(\r\x12\x13\n\x0b\x61wait_masks\x18\x08 \x01(\x08\"<\n\x05Masks\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12\x0c\n\x04\x62its\x18\x03 \x01(\x0c\"\xaf\x02\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12\x16\n\x0enum_top_tokens\x18\x05 \x03(\r\x12\x15\n\rtop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x03(\x02\x12/\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x16.tgi.v1.PromptLogprobs\x12&\n\x06\x66\x61iled\x18\t \x03(\x0b\x32\x16.tgi.v1.FailedSequence\x12\x12\n\nforward_ns\x18\n \x01(\x04\x12\x11\n\tsample_ns\x18\x0b \x01(\x04\x12\x10\n\x08total_ns\x18\x0c \x01(\x04\"O\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0estart_position\x18\x02 \x01(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\"J\n\x0e\x46\x61iledSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\nnot_finite\x18\x03 \x01(\x08\x32\xe8\x01\n\x0eTextGeneration\x12\x31\n\x04Info\x12\x13.tgi.v1.InfoRequest\x1a\x14.tgi.v1.InfoResponse\x12\x37\n\x06Health\x12\x15.tgi.v1.HealthRequest\x1a\x16.tgi.v1.HealthResponse\x12\x37\n\x06Warmup\x12\x15.tgi.v1.WarmupRequest\x1a\x16.tgi.v1.WarmupResponse\x12\x31\n\x03Run\x12\x12.tgi.v1.RunRequest\x1a\x12.tgi.v1.StepResult(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tgi_proto/generate.proto\x12\x06tgi.v1\"\r\n\x0bInfoRequest\"\xd5\x01\n\x0cInfoResponse\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x1f\n\x17max_position_embeddings\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x12\n\nworld_size\x18\x07 \x01(\r\x12\x0c\n\x04rank\x18\x08 \x01(\r\x12\x1f\n\x17\x64\x65\x63oder_start_token_ids\x18\x0c \x03(\r\"\x0f\n\rHealthRequest\"s\n\x0eHealthResponse\x12\x14\n\x0clast_step_id\x18\x01 \x01(\x04\x12\x17\n\x0flast_step_age_s\x18\x02 \x01(\x01\x12\x1a\n\x12\x63urrent_step_age_s\x18\x03 \x01(\x01\x12\x16\n\x0elongest_step_s\x18\x04 \x01(\x01\"Y\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x18\n\x10max_total_tokens\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\"m\n\x0eWarmupResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x18\n\x10max_total_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x62locks_are_states\x18\x04 \x01(\x08\"\xe0\x02\n\x12SamplingParameters\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\x11\n\ttypical_p\x18\x05 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12 \n\x18output_frequency_penalty\x18\x08 \x01(\x02\x12\x1f\n\x17output_presence_penalty\x18\t \x01(\x02\x12\x11\n\twatermark\x18\n \x01(\x08\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x0c \x01(\r\x12\r\n\x05min_p\x18\r \x01(\x02\x12\x1c\n\x14logit_bias_token_ids\x18\x0e \x03(\r\x12\x19\n\x11logit_bias_values\x18\x0f \x03(\x02\"\xe3\x01\n\x0b\x41\x64\x64Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.tgi.v1.SamplingParameters\x12\x14\n\x0ctop_n_tokens\x18\x06 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x07 \x01(\x08\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\"Y\n\nRunRequest\x12 \n\x04plan\x18\x01 \x01(\x0b\x32\x10.tgi.v1.StepPlanH\x00\x12\x1e\n\x05masks\x18\x02 \x01(\x0b\x32\r.tgi.v1.MasksH\x00\x42\t\n\x07request\"\xd2\x01\n\x08StepPlan\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x19\n\x11\x64rop_sequence_ids\x18\x02 \x03(\x04\x12 \n\x03\x61\x64\x64\x18\x03 \x03(\x0b\x32\x13.tgi.v1.AddSequence\x12\x18\n\x10run_sequence_ids\x18\x04 \x03(\x04\x12\x16\n\x0erun_num_tokens\x18\x05 \x03(\r\x12\x1a\n\x12run_num_new_blocks\x18\x06 \x03(\r\x12\x15\n\rnew_block_ids\x18\x07 \x03(\r\x12\x13\n\x0b\x61wait_masks\x18\x08 \x01(\x08\"<\n\x05Masks\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12\x0c\n\x04\x62its\x18\x03 \x01(\x0c\"\xaf\x02\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12\x16\n\x0enum_top_tokens\x18\x05 \x03(\r\x12\x15\n\rtop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x03(\x02\x12/\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x16.tgi.v1.PromptLogprobs\x12&\n\x06\x66\x61iled\x18\t \x03(\x0b\x32\x16.tgi.v1.FailedSequence\x12\x12\n\nforward_ns\x18\n \x01(\x04\x12\x11\n\tsample_ns\x18\x0b \x01(\x04\x12\x10\n\x08total_ns\x18\x0c \x01(\x04\"O\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0estart_position\x18\x02 \x01(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\"J\n\x0e\x46\x61iledSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\nnot_finite\x18\x03 \x01(\x08\x32\xe8\x01\n\x0eTextGeneration\x12\x31\n\x04Info\x12\x13.tgi.v1.InfoRequest\x1a\x14.tgi.v1.InfoResponse\x12\x37\n\x06Health\x12\x15.tgi.v1.HealthRequest\x1a\x16.tgi.v1.HealthResponse\x12\x37\n\x06Warmup\x12\x15.tgi.v1.WarmupRequest\x1a\x16.tgi.v1.WarmupResponse\x12\x31\n\x03Run\x12\x12.tgi.v1.RunRequest\x1a\x12.tgi.v1.StepResult(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,31 +34,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFOREQUEST']._serialized_start=36
   _globals['_INFOREQUEST']._serialized_end=49
   _globals['_INFORESPONSE']._serialized_start=52
-  _globals['_INFORESPONSE']._serialized_end=232
-  _globals['_HEALTHREQUEST']._serialized_start=234
-  _globals['_HEALTHREQUEST']._serialized_end=249
-  _globals['_HEALTHRESPONSE']._serialized_start=251
-  _globals['_HEALTHRESPONSE']._serialized_end=366
-  _globals['_WARMUPREQUEST']._serialized_start=368
-  _globals['_WARMUPREQUEST']._serialized_end=457
-  _globals['_WARMUPRESPONSE']._serialized_start=459
-  _globals['_WARMUPRESPONSE']._serialized_end=568
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=571
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=923
-  _globals['_ADDSEQUENCE']._serialized_start=926
-  _globals['_ADDSEQUENCE']._serialized_end=1153
-  _globals['_RUNREQUEST']._serialized_start=1155
-  _globals['_RUNREQUEST']._serialized_end=1244
-  _globals['_STEPPLAN']._serialized_start=1247
-  _globals['_STEPPLAN']._serialized_end=1457
-  _globals['_MASKS']._serialized_start=1459
-  _globals['_MASKS']._serialized_end=1519
-  _globals['_STEPRESULT']._serialized_start=1522
-  _globals['_STEPRESULT']._serialized_end=1825
-  _globals['_PROMPTLOGPROBS']._serialized_start=1827
-  _globals['_PROMPTLOGPROBS']._serialized_end=1906
-  _globals['_FAILEDSEQUENCE']._serialized_start=1908
-  _globals['_FAILEDSEQUENCE']._serialized_end=1982
-  _globals['_TEXTGENERATION']._serialized_start=1985
-  _globals['_TEXTGENERATION']._serialized_end=2217
+  _globals['_INFORESPONSE']._serialized_end=265
+  _globals['_HEALTHREQUEST']._serialized_start=267
+  _globals['_HEALTHREQUEST']._serialized_end=282
+  _globals['_HEALTHRESPONSE']._serialized_start=284
+  _globals['_HEALTHRESPONSE']._serialized_end=399
+  _globals['_WARMUPREQUEST']._serialized_start=401
+  _globals['_WARMUPREQUEST']._serialized_end=490
+  _globals['_WARMUPRESPONSE']._serialized_start=492
+  _globals['_WARMUPRESPONSE']._serialized_end=601
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=604
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=956
+  _globals['_ADDSEQUENCE']._serialized_start=959
+  _globals['_ADDSEQUENCE']._serialized_end=1186
+  _globals['_RUNREQUEST']._serialized_start=1188
+  _globals['_RUNREQUEST']._serialized_end=1277
+  _globals['_STEPPLAN']._serialized_start=1280
+  _globals['_STEPPLAN']._serialized_end=1490
+  _globals['_MASKS']._serialized_start=1492
+  _globals['_MASKS']._serialized_end=1552
+  _globals['_STEPRESULT']._serialized_start=1555
+  _globals['_STEPRESULT']._serialized_end=1858
+  _globals['_PROMPTLOGPROBS']._serialized_start=1860
+  _globals['_PROMPTLOGPROBS']._serialized_end=1939
+  _globals['_FAILEDSEQUENCE']._serialized_start=1941
+  _globals['_FAILEDSEQUENCE']._serialized_end=2015
+  _globals['_TEXTGENERATION']._serialized_start=2018
+  _globals['_TEXTGENERATION']._serialized_end=2250
 # @@protoc_insertion_point(module_scope)

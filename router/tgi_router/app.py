@@ -50,7 +50,7 @@ from tgi_router.errors import IncompleteGeneration
 from tgi_router.generation import Generation
 from tgi_router.grammar.compile import GrammarCompiler
 from tgi_router.metrics import Metrics
-from tgi_router.scheduling.step_loop import StepLoop
+from tgi_router.scheduling.step_loop import StepLoop, limits_of_steps
 from tgi_router.schemas.native import Info
 from tgi_router.settings import Settings
 from tgi_router.shards.client import ModelFacts, ShardClient, ShardsLost
@@ -253,6 +253,8 @@ def settle_limits(settings: Settings, model: ModelFacts) -> Limits:
     Raises StartError.
     """
     max_batch_total_tokens = model.usable_tokens(settings.max_batch_total_tokens)
+    max_batch_total_tokens -= len(model.decoder_start_token_ids)
+    longest_first_step = _longest_first_step(settings, model)
     max_total_tokens = settings.max_total_tokens
     if max_total_tokens is None:
         max_total_tokens = min(model.max_total_tokens, max_batch_total_tokens)
@@ -265,9 +267,17 @@ def settle_limits(settings: Settings, model: ModelFacts) -> Limits:
     max_input_tokens = settings.max_input_tokens
     if max_input_tokens is None:
         max_input_tokens = max_total_tokens - 1
+        if longest_first_step is not None:
+            max_input_tokens = min(max_input_tokens, longest_first_step)
         log.info(f"Maximum input tokens defaulted to {max_input_tokens}")
     if max_input_tokens >= max_total_tokens:
         raise StartError("`max_input_tokens` must be < `max_total_tokens`")
+    if longest_first_step is not None and max_input_tokens > longest_first_step:
+        raise StartError(
+            f"`max_input_tokens` must be <= {longest_first_step}. Given: {max_input_tokens}. The model's "
+            "encoder reads a prompt in one step: raise `max_batch_prefill_tokens`, or lower "
+            "`max_batch_size`, whose answers have a token each in that step"
+        )
     return Limits(
         max_best_of=settings.max_best_of,
         max_stop_sequences=settings.max_stop_sequences,
@@ -277,7 +287,16 @@ def settle_limits(settings: Settings, model: ModelFacts) -> Limits:
         vocab_size=model.vocab_size,
         prompt_logprobs=settings.enable_prefill_logprobs,
         max_choices=min(MAX_CHOICES, settings.max_concurrent_requests),
+        has_encoder=model.has_encoder,
     )
+
+
+def _longest_first_step(settings: Settings, model: ModelFacts) -> int | None:
+    """Prompt tokens that fit into one step, if an encoder must read all of them in one."""
+    if not model.has_encoder:
+        return None
+    steps = limits_of_steps(settings.max_batch_prefill_tokens, settings.max_sequences)
+    return steps.max_first_tokens - len(model.decoder_start_token_ids)
 
 
 def info_of(settings: Settings, limits: Limits) -> Info:
@@ -379,13 +398,15 @@ async def _start(settings: Settings, metrics: Metrics) -> StepLoop:
         metrics,
         max_batch_prefill_tokens=settings.max_batch_prefill_tokens,
         max_total_tokens=settings.max_total_tokens,
-        max_sequences=settings.max_batch_size or settings.max_concurrent_requests,
+        max_sequences=settings.max_sequences,
         max_kv_tokens=settings.max_batch_total_tokens,
         share_prefixes=settings.prefix_caching,
         stall_timeout_s=settings.stall_timeout_s,
     )
     log.info("Warming up model")
     await step_loop.start()
+    if settings.prefix_caching and step_loop.model.has_encoder:
+        log.info("Disabling prefix caching because of seq2seq model")
     max_batch_total_tokens = step_loop.model.usable_tokens(settings.max_batch_total_tokens)
     metrics.tgi_batch_max_total_tokens.set(max_batch_total_tokens)
     log.info(f"Setting max batch total tokens to {max_batch_total_tokens}")

@@ -164,11 +164,13 @@ class Answer:
         self._tells_tokens = tells_tokens
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
+        # What the answer's text goes on from.
+        self._prompt_token_ids = request.prompt_token_ids if request.continues_prompt else ()
         if request.trim_stop:
             # The context of the final text: what is streamed and what is answered in one piece are the same.
             context = self._context_of_whole_text()
         else:
-            context = context_of(tokenizer.decode, request.prompt_token_ids, NUM_CONTEXT_TOKENS)
+            context = context_of(tokenizer.decode, self._prompt_token_ids, NUM_CONTEXT_TOKENS)
         self._detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, context)
         self._stop_anywhere = StopAnywhere(request.stop if request.trim_stop else ())
         self._stop_at_token_end = StopAtTokenEnd(() if request.trim_stop else request.stop)
@@ -206,7 +208,7 @@ class Answer:
         )
 
     def _context_of_whole_text(self) -> list[int]:
-        context = context_of(self._tokenizer.decode, self.request.prompt_token_ids, 1)
+        context = context_of(self._tokenizer.decode, self._prompt_token_ids, 1)
         return [token_id for token_id in context if token_id not in self._tokenizer.special_ids]
 
     def on_scheduled(self) -> None:

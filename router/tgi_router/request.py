@@ -43,6 +43,7 @@ class Request:
     shown_special: frozenset[str] = frozenset()
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
+    continues_prompt: bool = True  # False: an encoder read the prompt, and the answer is a text of its own
     grammar: Grammar | None = None  # what the answer must match
     traceparent: str = ""  # W3C trace context that the shards' spans belong to; empty: not traced
     choice: int = 0  # which of several answers to one request this is; part of the key of its draws

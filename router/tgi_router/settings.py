@@ -54,3 +54,8 @@ class Settings:
     json_output: bool
     log_level: str
     log_colors: bool
+
+    @property
+    def max_sequences(self) -> int:
+        """That run at a time."""
+        return self.max_batch_size or self.max_concurrent_requests

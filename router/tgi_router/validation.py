@@ -77,6 +77,7 @@ class Limits:
     vocab_size: int
     prompt_logprobs: bool  # whether the server gives them at all
     max_choices: int = 128  # answers to one request: OpenAI's `n`
+    has_encoder: bool = False  # that reads prompts, which then have no logprobs
 
 
 class Validator:
@@ -142,6 +143,7 @@ class Validator:
                 prompt_logprobs=(
                     draft.needs_prompt_logprobs or (draft.prompt_logprobs and self.limits.prompt_logprobs)
                 ),
+                continues_prompt=not self.limits.has_encoder,
                 grammar=grammar,
                 choice=choice,
             )
@@ -239,6 +241,12 @@ class Validator:
         if draft.needs_prompt_logprobs and not limits.prompt_logprobs:
             raise ValidationError(
                 "logprobs of the prompt need a server that was started with `--enable-prefill-logprobs`"
+            )
+        wants_prompt_logprobs = draft.needs_prompt_logprobs or draft.prompt_logprobs
+        if wants_prompt_logprobs and limits.prompt_logprobs and limits.has_encoder:
+            raise ValidationError(
+                "logprobs of the prompt (`decoder_input_details`) are not supported: this model reads it "
+                "with an encoder, which gives it none"
             )
         if not draft.inputs and not draft.prompt_token_ids:
             raise ValidationError("`inputs` cannot be empty")

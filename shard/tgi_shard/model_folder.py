@@ -30,6 +30,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json_object(path)
 
 
+def decoder_start_token_id(folder: Path) -> int | None:
+    """What an encoder-decoder's answers begin with: from generation_config.json, else from config.json."""
+    path = folder / "generation_config.json"
+    for config in (_read_json_object(path) if path.is_file() else {}, read_config(folder)):
+        if isinstance(named := config.get("decoder_start_token_id"), int):
+            return named
+    return None
+
+
 def refuse_unsupported(model_id: str, folder: Path) -> None:
     """Raise ModelError for repositories that hold only a part of a model. Their JSON files tell."""
     if (folder / "adapter_config.json").is_file():

@@ -184,6 +184,7 @@ class Service(pb_grpc.TextGenerationServicer):
             eos_token_ids=self._eos_token_ids,
             world_size=self.group.world_size,
             rank=self.group.rank,
+            decoder_start_token_ids=self.loaded.decoder_start_token_ids,
         )
 
     async def Health(self, request: pb.HealthRequest, context: "Context") -> pb.HealthResponse:
@@ -226,7 +227,7 @@ class Service(pb_grpc.TextGenerationServicer):
         return pb.WarmupResponse(
             num_blocks=engine.slots.num_kv_blocks,
             block_size=engine.slots.block_size,
-            max_total_tokens=engine.slots.max_total_tokens,
+            max_total_tokens=engine.slots.max_total_tokens - engine.slots.num_start_tokens,
             blocks_are_states=not self.loaded.model.kv_shape.can_share_prefixes,
         )
 

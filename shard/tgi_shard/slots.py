@@ -44,7 +44,11 @@ class Slots:
         block_size: int,
         vocab_size: int,
         device: torch.device,
+        num_start_tokens: int = 0,
     ) -> None:
+        """num_start_tokens: how many of a prompt's last tokens a decoder begins with, while an encoder reads
+        the others, all in one step; 0: there is no encoder.
+        """
         self.max_sequences = max_sequences
         self.max_total_tokens = max_total_tokens
         self.max_tokens = max_total_tokens + NUM_SURPLUS_TOKENS
@@ -52,6 +56,7 @@ class Slots:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.device = device
+        self.num_start_tokens = num_start_tokens
         self.max_blocks = -(-self.max_tokens // block_size) + 1
         # On the device. Not initialised: what lies behind a sequence's end is never read.
         self.token_ids = torch.empty((max_sequences, self.max_tokens), dtype=torch.int32, device=device)
@@ -133,8 +138,10 @@ class Slots:
             return f"sequence {sequence.sequence_id} is alive already"
         if not self._free:
             return f"more than {self.max_sequences} sequences"
-        if not len(sequence.prompt_token_ids):
+        if len(sequence.prompt_token_ids) <= self.num_start_tokens:
             return "the prompt has no token"
+        if self.num_start_tokens and (sequence.num_cached_tokens or sequence.prompt_logprobs):
+            return "an encoder reads the prompt: num_cached_tokens must be 0 and prompt_logprobs false"
         if len(known) >= self.max_tokens:
             return f"{len(known)} tokens are more than max_total_tokens = {self.max_total_tokens}"
         if known.max() >= self.vocab_size:
@@ -162,6 +169,8 @@ class Slots:
             & (contexts <= held * self.block_size)
             & (held <= self.max_blocks)
         )
+        if self.num_start_tokens:
+            is_good &= contexts >= self.prompt_lens[slots]
         new_block_ids = plan.new_block_ids
         if len(new_block_ids) and new_block_ids.max() >= self.num_kv_blocks:
             owners = np.repeat(np.arange(len(ids)), num_new_blocks)
@@ -198,6 +207,8 @@ class Slots:
             return f"the plan runs {num_tokens} tokens, and {num_missing} are to compute"
         if self.num_computed[slot] + num_tokens >= self.max_tokens:
             return f"the sequence outgrows max_total_tokens = {self.max_total_tokens}"
+        if self.num_start_tokens and self.num_computed[slot] + num_tokens < self.prompt_lens[slot]:
+            return f"the plan runs {num_tokens} tokens of a prompt of {self.prompt_lens[slot]}: it needs all"
         start = int(plan.run_num_new_blocks[:row].sum())
         granted = plan.new_block_ids[start : start + plan.run_num_new_blocks[row]]
         if len(granted) and granted.max() >= self.num_kv_blocks:
@@ -250,10 +261,15 @@ class Slots:
             logit_indices=on_device[7],
             query_lens=tuple(query_lens.tolist()),
             context_lens_host=tuple(context_lens.tolist()),
+            prompt_lens=tuple(self.prompt_lens[slots].tolist()),
         )
 
     def history(self, slots: np.ndarray) -> History:
-        return History(self.token_ids, slots, self.num_known[slots], self.prompt_lens[slots])
+        prompt_lens = self.prompt_lens[slots]
+        num_unsaid = (
+            prompt_lens - self.num_start_tokens if self.num_start_tokens else np.zeros_like(prompt_lens)
+        )
+        return History(self.token_ids, slots, self.num_known[slots], prompt_lens, num_unsaid)
 
     def biases(self, slots: np.ndarray) -> list[LogitBias | None] | None:
         """One for each of `slots`; None if none of them has one."""

@@ -25,3 +25,4 @@ class StepInputs:
     # synchronisation.
     query_lens: tuple[int, ...]
     context_lens_host: tuple[int, ...]
+    prompt_lens: tuple[int, ...]  # of each row: how many of its sequence's tokens are the prompt's

@@ -8,6 +8,7 @@ memory that stays free.
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -69,6 +70,10 @@ def warm_up(
 
     `on_step` is told how many seconds each step took. Raises NotEnoughMemory, on all ranks or on none.
     """
+    # On the device a sequence has its decoder's start tokens as well.
+    num_start_tokens = len(loaded.decoder_start_token_ids)
+    if limits.max_total_tokens:
+        limits = replace(limits, max_total_tokens=limits.max_total_tokens + num_start_tokens)
     kv_shape = loaded.model.kv_shape
     block_size, longest = lengths(kv_shape, device, limits, loaded.max_position_embeddings)
     activations = _run_largest_step(loaded, sampler, group, device, block_size, limits, on_step)
@@ -105,6 +110,7 @@ def warm_up(
         block_size=block_size,
         vocab_size=loaded.vocab_size,
         device=device,
+        num_start_tokens=num_start_tokens,
     )
     return Engine(loaded.model, kv_cache, slots, sampler, group)
 
@@ -126,7 +132,9 @@ def _run_largest_step(
     if device.type == "cpu":
         num_tokens = min(num_tokens, CPU_STEP_TOKENS)
     longest = limits.max_total_tokens or loaded.max_position_embeddings or num_tokens + 1
-    num_rows = max(min(limits.max_sequences, num_tokens), 1)
+    num_start_tokens = len(loaded.decoder_start_token_ids)
+    shortest = 1 + num_start_tokens
+    num_rows = max(min(limits.max_sequences, num_tokens // shortest), 1)
     if not loaded.model.kv_shape.can_share_prefixes:
         # A row costs a whole state, which may be large: no more of them than half of what is free holds.
         is_cuda = device.type == "cuda"
@@ -136,7 +144,7 @@ def _run_largest_step(
     lengths = np.full(num_rows, num_tokens // num_rows)
     lengths[: num_tokens % num_rows] += 1
     lengths = np.minimum(lengths, longest - 1)
-    lengths = lengths[lengths > 0]
+    lengths = lengths[lengths >= shortest]
     num_rows = len(lengths)
     num_blocks = -(-(lengths + 1) // block_size)
     slots = Slots(
@@ -146,6 +154,7 @@ def _run_largest_step(
         block_size=block_size,
         vocab_size=loaded.vocab_size,
         device=device,
+        num_start_tokens=num_start_tokens,
     )
     kv_cache = loaded.model.kv_shape.allocate(slots.num_kv_blocks, block_size, device)
     engine = Engine(loaded.model, kv_cache, slots, sampler, group)

@@ -493,3 +493,8 @@ def test_secrets_are_masked_in_the_description() -> None:
     assert '    api_key: "***",\n' in text
     assert "    json_output: false,\n" in text
     assert "    revision: None,\n" in text
+
+
+def test_positions_of_an_encoder_decoder_limit_no_step() -> None:
+    t5 = read({"model_type": "t5", "is_encoder_decoder": True, "n_positions": 512, "d_model": 512})
+    assert t5.max_position_embeddings is None

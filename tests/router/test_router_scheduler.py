@@ -9,7 +9,7 @@ from scripted_shard import ScriptedShard, next_token
 from tgi_proto import generate_pb2 as pb
 from tgi_router.request import FinishReason, Request, SampledToken, Sampling
 from tgi_router.scheduling.block_allocator import BlockAllocator
-from tgi_router.scheduling.plan import StepPlan
+from tgi_router.scheduling.plan import StepPlan, StepResult
 from tgi_router.scheduling.scheduler import Limits, Scheduler
 from tgi_router.scheduling.sequence import Sequence
 from tgi_router.shards.client import decode_result, encode_plan
@@ -278,3 +278,37 @@ def test_states_that_no_sequence_outgrows_are_all_used_at_once() -> None:
     assert most_running == 4
     assert walk.scheduler.num_preemptions == 0
     walk.check_answers()
+
+
+def test_an_encoders_prompt_is_not_cut() -> None:
+    """Who does not fit beside the others waits, also when an answer was interrupted."""
+    limits = Limits(max_step_tokens=40, max_sequences=4)
+    scheduler = Scheduler(limits, BlockAllocator(64, 8, share_prefixes=False))
+    first, second = (
+        Sequence.of(
+            number,
+            Request("r", "", tuple(range(length)), Sampling(), 60, continues_prompt=False),
+            Collector(60),
+            (9,),
+        )
+        for number, length in ((1, 30), (2, 20))
+    )
+    assert (first.num_prompt_tokens, list(first.token_ids[-2:])) == (31, [29, 9])
+    scheduler.add(first)
+    scheduler.add(second)
+
+    def run() -> dict[int, int]:
+        plan = scheduler.plan()
+        assert plan is not None
+        tokens = {row.sequence.sequence_id: SampledToken(5, 0.0) for row in plan.rows if row.samples}
+        scheduler.confirm(plan, StepResult(plan.step_id, tokens))
+        return {row.sequence.sequence_id: row.num_tokens for row in plan.rows}
+
+    assert run() == {1: 31}
+    assert run() == {1: 1, 2: 21}
+    for _ in range(12):
+        assert run() == {1: 1, 2: 1}
+    scheduler.restart(BlockAllocator(64, 8, share_prefixes=False))
+    assert run() == {1: 40}  # the whole prompt, and what fits of the answer
+    assert run() == {1: 5, 2: 34}
+    assert run() == {1: 1, 2: 1}

@@ -1,6 +1,7 @@
 """The rules of a request: exact messages, their order, and what a request holds once it is checked."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ async def validator(tmp_path: Path) -> AsyncIterator[Validator]:
 def draft(**fields: Any) -> Draft:
     given: dict[str, Any] = {"inputs": "abc", "add_special_tokens": True} | fields
     return Draft(**given)
+
+
+async def test_an_encoders_prompt_has_no_logprobs(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_tokenizers.save(tmp_path), num_workers=1)
+    validator = Validator(tokenizer, replace(LIMITS, prompt_logprobs=True, has_encoder=True))
+    with pytest.raises(ValidationError, match="with an encoder, which gives it none"):
+        await validator.validate(draft(prompt_logprobs=True))
+    (request,) = await validator.validate(draft())
+    assert not request.continues_prompt
+    tokenizer.close()
 
 
 RULES: list[tuple[dict[str, Any], str]] = [

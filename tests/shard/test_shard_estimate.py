@@ -31,7 +31,7 @@ def estimated(model: Path, limits: Limits = LIMITS, num_ranks: int = 1) -> Estim
 
 
 @pytest.mark.parametrize("group", [SINGLE, Group(0, 2), Group(1, 2)], ids=["1 of 1", "1 of 2", "2 of 2"])
-@pytest.mark.parametrize("model_type", tiny_models.DECODERS)
+@pytest.mark.parametrize("model_type", [*tiny_models.DECODERS, *tiny_models.ENCODER_DECODERS])
 def test_weights_are_told_to_the_byte(model_type: str, group: Group, tmp_path: Path) -> None:
     model = tiny_models.save(model_type, tmp_path)
     for dtype in (None, torch.bfloat16):

@@ -62,6 +62,7 @@ class Batch:
             logit_indices=torch.zeros(0, dtype=torch.int64),
             query_lens=tuple(new),
             context_lens_host=tuple(self.context_lens),
+            prompt_lens=tuple(self.context_lens),
         )
 
     @torch.inference_mode()

@@ -20,8 +20,12 @@ from tgi_shard.weights.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in tiny_models.FAMILIES}
+ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, {}) for name in tiny_models.ENCODER_DECODERS
+} | tiny_models.ENCODER_DECODER_VARIANTS
 CASES = {  # number of ranks -> what they run
     2: FAMILIES
+    | ENCODER_DECODERS
     | {
         variant: tiny_models.VARIANTS[variant]
         for variant in (
@@ -30,7 +34,11 @@ CASES = {  # number of ranks -> what they run
             *("baichuan-2-13b-six-heads", "gpt_oss-mxfp4"),
         )
     },
-    4: {case: of for case, of in (FAMILIES | tiny_models.VARIANTS).items() if not case.endswith("six-heads")},
+    4: {
+        case: of
+        for case, of in (FAMILIES | ENCODER_DECODERS | tiny_models.VARIANTS).items()
+        if not case.endswith("six-heads")
+    },
 }
 ALL = [
     pytest.param(world_size, case, marks=pytest.mark.matrix if world_size == 4 else [])
@@ -43,6 +51,8 @@ def run(checkpoint: Path, group: Group) -> Tensor:
     """A ragged prefill, a prompt in two chunks, decodes: all their logits."""
     loaded = load_model(checkpoint, dtype=None, device=CPU, group=group)
     stepper = Stepper(loaded)
+    if loaded.decoder_start_token_ids:
+        return _run_encoder_decoder(stepper, list(loaded.decoder_start_token_ids))
     rows, logits = stepper.prefill(tiny_models.prompts((1, 7, 33)))
     late = Row(tiny_models.prompts((50,))[0])
     chunk = stepper.step([(late, 30)])
@@ -50,6 +60,20 @@ def run(checkpoint: Path, group: Group) -> Tensor:
     for _ in range(2):
         decodes.append(stepper.decode(rows, decodes[-1]))
     return torch.cat([logits, chunk, stepper.step([(late, 20)]), *decodes])
+
+
+def _run_encoder_decoder(stepper: Stepper, start: list[int]) -> Tensor:
+    """Ragged prompts, decodes, and an answer that is taken up again beside them."""
+    rows = [Row(prompt + start) for prompt in tiny_models.prompts((1, 7, 33))]
+    logits = [stepper.step([(row, len(row.token_ids)) for row in rows])]
+    for _ in range(3):
+        logits.append(stepper.decode(rows, logits[-1]))
+    prompt, answer = tiny_models.prompts((50, 9))
+    resumed = Row([*prompt, *start, *answer], prompt_len=51)
+    for row in rows:
+        row.token_ids.append(3)
+    logits.append(stepper.step([(resumed, 60), *((row, 1) for row in rows)]))
+    return torch.cat(logits)
 
 
 def _rank(rank: int, world_size: int, port: int, folder: Path) -> None:

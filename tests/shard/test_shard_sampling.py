@@ -26,7 +26,8 @@ def history_of(rows: list[list[int]], prompt_lens: list[int] | None = None) -> H
     for slot, row in zip(slots, rows, strict=True):
         token_ids[slot, : len(row)] = torch.tensor(row)
     lens = np.array([len(row) for row in rows])
-    return History(token_ids, slots, lens, lens if prompt_lens is None else np.array(prompt_lens))
+    prompt_lens = lens if prompt_lens is None else np.array(prompt_lens)
+    return History(token_ids, slots, lens, prompt_lens, np.zeros_like(lens))
 
 
 def sample(

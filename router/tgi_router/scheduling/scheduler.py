@@ -38,6 +38,11 @@ class Limits:
     # Fewer tokens than these are computed twice rather than waited for: the delay would cost more.
     min_tokens_to_wait_for: int = 64
 
+    @property
+    def max_first_tokens(self) -> int:
+        """Prompt tokens for which there is room in one step, however many decodes it has."""
+        return self.max_step_tokens - self.max_sequences
+
 
 class Scheduler:
     def __init__(self, limits: Limits, allocator: BlockAllocator) -> None:
@@ -206,6 +211,8 @@ class Scheduler:
                 or len(self.running) == self.limits.max_sequences
                 or sequence.num_plans_in_flight > 0
             ):
+                break
+            if sequence.num_first_tokens > budget:
                 break
             if any(self._is_worth_waiting_for(prompt, sequence) for prompt in prompts):
                 continue

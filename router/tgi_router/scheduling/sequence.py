@@ -22,6 +22,8 @@ class Sequence:
     request: Request
     listener: Listener
     token_ids: array[int]  # prompt and confirmed output
+    num_prompt_tokens: int  # a decoder's start tokens among them
+    num_first_tokens: int = 1  # that its first step must hold: with an encoder, the whole prompt
     matcher: Matcher | None = None  # where its grammar stands after the confirmed output
     block_ids: list[int] = field(default_factory=list)
     is_on_shards: bool = False  # plans have added it, and not dropped it
@@ -36,14 +38,25 @@ class Sequence:
     last_published_key: bytes = ROOT_KEY
 
     @classmethod
-    def of(cls, sequence_id: int, request: Request, listener: Listener) -> Sequence:
-        token_ids = array("I", request.prompt_token_ids)
-        matcher = None if request.grammar is None else request.grammar.matcher()
-        return cls(sequence_id, request, listener, token_ids, matcher, num_planned_tokens=len(token_ids))
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def of(
+        cls,
+        sequence_id: int,
+        request: Request,
+        listener: Listener,
+        decoder_start_token_ids: tuple[int, ...] = (),
+    ) -> Sequence:
+        """decoder_start_token_ids: of a model with an encoder, see ModelFacts."""
+        token_ids = array("I", request.prompt_token_ids + decoder_start_token_ids)
+        return cls(
+            sequence_id,
+            request,
+            listener,
+            token_ids,
+            num_prompt_tokens=len(token_ids),
+            num_first_tokens=len(token_ids) if decoder_start_token_ids else 1,
+            matcher=None if request.grammar is None else request.grammar.matcher(),
+            num_planned_tokens=len(token_ids),
+        )
 
     @property
     def max_tokens(self) -> int:

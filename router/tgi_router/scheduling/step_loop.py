@@ -73,10 +73,7 @@ class StepLoop:
     ) -> None:
         self._group = group
         self._metrics = metrics
-        self._limits = Limits(
-            max_step_tokens=max(max_batch_prefill_tokens, max_sequences + MIN_PROMPT_TOKENS),
-            max_sequences=max_sequences,
-        )
+        self._limits = limits_of_steps(max_batch_prefill_tokens, max_sequences)
         self._sizes = WarmupSizes(self._limits.max_step_tokens, max_total_tokens or 0, max_sequences)
         self._max_kv_tokens = max_kv_tokens
         self._share_prefixes = share_prefixes
@@ -137,7 +134,8 @@ class StepLoop:
             self._task.result()
 
     def submit(self, request: Request, listener: Listener) -> int:
-        sequence = Sequence.of(next(self._sequence_ids), request, listener)
+        start = self.model.decoder_start_token_ids
+        sequence = Sequence.of(next(self._sequence_ids), request, listener, start)
         self._sequences[sequence.sequence_id] = sequence
         self._scheduler.add(sequence)
         self._idle.clear()
@@ -228,7 +226,7 @@ class StepLoop:
         if self._facts is None:
             self._facts = facts
         num_blocks = facts.usable_blocks(self._max_kv_tokens)
-        share_prefixes = self._share_prefixes and not facts.blocks_are_states
+        share_prefixes = self._share_prefixes and not (facts.blocks_are_states or facts.has_encoder)
         allocator = BlockAllocator(num_blocks, facts.block_size, share_prefixes=share_prefixes)
         self._longest_step_s = max(self._longest_step_s, facts.longest_step_s)
         self._in_flight.clear()
@@ -385,6 +383,13 @@ class StepLoop:
         )
         metrics.tgi_kv_blocks_used.set(scheduler.allocator.num_held)
         metrics.tgi_prefix_cache_blocks.set(scheduler.allocator.prefix_cache.num_idle)
+
+
+def limits_of_steps(max_batch_prefill_tokens: int, max_sequences: int) -> Limits:
+    return Limits(
+        max_step_tokens=max(max_batch_prefill_tokens, max_sequences + MIN_PROMPT_TOKENS),
+        max_sequences=max_sequences,
+    )
 
 
 def method_of(plan: StepPlan) -> str:

@@ -48,6 +48,7 @@ class ModelFacts:
     max_total_tokens: int  # longest sequence, prompt and output
     longest_step_s: float = 0.0  # so far, the warm-up's steps among them
     blocks_are_states: bool = False  # one block a sequence, however long; prefixes cannot be shared
+    decoder_start_token_ids: tuple[int, ...] = ()  # they end every prompt; none: the model has no encoder
 
     def usable_blocks(self, max_kv_tokens: int | None) -> int:
         """The blocks that plans may name if the user caps the tokens in them."""
@@ -61,6 +62,11 @@ class ModelFacts:
         """How many tokens the KV cache holds: whole blocks, and no more than the user allows."""
         num_tokens = self.usable_blocks(max_kv_tokens) * self.block_size
         return num_tokens if max_kv_tokens is None else min(num_tokens, max_kv_tokens)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether prompts are read as wholes, each for its own answer alone."""
+        return bool(self.decoder_start_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +182,7 @@ def encode_added(added: AddedSequence) -> pb.AddSequence:
     num_prompt_tokens = sequence.num_prompt_tokens
     return pb.AddSequence(
         sequence_id=sequence.sequence_id,
-        prompt_token_ids=request.prompt_token_ids,
+        prompt_token_ids=sequence.token_ids[:num_prompt_tokens],
         output_token_ids=sequence.token_ids[num_prompt_tokens:],
         num_cached_tokens=added.num_cached_tokens,
         sampling=pb.SamplingParameters(

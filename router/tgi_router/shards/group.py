@@ -53,6 +53,7 @@ class ShardGroup:
             max_total_tokens=min(warmup.max_total_tokens for warmup in warmups),
             blocks_are_states=warmups[0].blocks_are_states,
             longest_step_s=max(health.longest_step_s for health in healths),
+            decoder_start_token_ids=tuple(infos[0].decoder_start_token_ids),
         )
 
     def open(self, wake: Callable[[], None]) -> "GroupStream":

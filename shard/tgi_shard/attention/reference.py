@@ -35,10 +35,10 @@ class ReferenceAttention:
     heads: Heads
 
     def plan(self, inputs: StepInputs, kv_cache: KVCache) -> "ReferencePlan":
-        return ReferencePlan(self.heads, inputs, kv_cache, _begun_blocks(inputs, kv_cache.block_size))
+        return ReferencePlan(self.heads, inputs, kv_cache, begun_blocks(inputs, kv_cache.block_size))
 
 
-def _begun_blocks(inputs: StepInputs, block_size: int) -> Tensor | None:
+def begun_blocks(inputs: StepInputs, block_size: int) -> Tensor | None:
     """Ids of the blocks whose first slots this step writes and whose last ones it does not."""
     rows, columns = [], []
     for row, (num_new, context_len) in enumerate(

@@ -64,6 +64,9 @@ from tgi_shard.models.architectures import (
     stablelm,
     starcoder2,
 )
+from tgi_shard.models.encoder_decoder import t5
+from tgi_shard.models.encoder_decoder import weights as encoder_decoder_weights
+from tgi_shard.models.encoder_decoder.spec import EncoderDecoderSpec
 from tgi_shard.models.model import Model
 from tgi_shard.models.recipe import Recipe
 from tgi_shard.models.recurrent import backbone, mamba
@@ -84,6 +87,7 @@ _ARCHITECTURES: tuple[ModuleType, ...] = (
     *(deepseek_v2, deepseek_v3),
 )
 BY_MODEL_TYPE = {model_type: module for module in _ARCHITECTURES for model_type in module.MODEL_TYPES}
+ENCODER_DECODERS = {model_type: module for module in (t5,) for model_type in module.MODEL_TYPES}
 
 RECURRENT = {model_type: module for module in (mamba,) for model_type in module.MODEL_TYPES}
 
@@ -100,6 +104,8 @@ class LoadedModel:
     vocab_size: int
     max_position_embeddings: int  # 0: none
     dtype: torch.dtype
+    # Of an encoder-decoder: they end every prompt, and the encoder reads what stands before them.
+    decoder_start_token_ids: tuple[int, ...] = ()
 
 
 def load_model(
@@ -118,23 +124,60 @@ def load_model(
     config says; both are ModelErrors.
     """
     config = _read_config(model_path)
+    if config.model_type in ENCODER_DECODERS:
+        spec: EncoderDecoderSpec = ENCODER_DECODERS[config.model_type].spec(config, rope_override)
+        return _load_encoder_decoder(model_path, config, spec, dtype, device, group, progress)
     recipe = _recipe(config, rope_override)
     recipe.check_group(group.world_size)
     with Checkpoint.open(model_path) as checkpoint:
         chosen = _dtype(dtype, config, checkpoint)
         weights = Weights(checkpoint, chosen, device, progress)
         model = recipe.load(weights, group)
-        unread = [name for name in weights.finish() if not _NO_WEIGHTS.search(name)]
-    if unread and unread != [f"{recipe.head}.weight"]:
-        log.warning("%d tensors of the checkpoint are not used: %s ...", len(unread), ", ".join(unread[:8]))
+        _warn_of_unread(weights, f"{recipe.head}.weight")
     return LoadedModel(model, config.model_type, recipe.vocab_size, recipe.max_positions, chosen)
+
+
+def _load_encoder_decoder(
+    model_path: Path,
+    config: HFConfig,
+    spec: EncoderDecoderSpec,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    group: Group,
+    progress: Callable[[int, int], None] | None,
+) -> LoadedModel:
+    encoder_decoder_weights.check(spec, group.world_size)
+    start_token_id = model_folder.decoder_start_token_id(model_path)
+    if start_token_id is None:
+        raise UnsupportedModel(
+            f"neither generation_config.json nor config.json in {model_path} names a decoder_start_token_id"
+        )
+    with Checkpoint.open(model_path) as checkpoint:
+        chosen = _dtype(dtype, config, checkpoint)
+        if chosen == torch.float16 and spec.overflows_float16:
+            raise UnsupportedModel(
+                f"{config.model_type} models leave the range of float16; use bfloat16 or float32"
+            )
+        weights = Weights(checkpoint, chosen, device, progress)
+        model = encoder_decoder_weights.load(spec, 1, weights, group)
+        _warn_of_unread(weights, *(f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")))
+    return LoadedModel(
+        model, config.model_type, spec.vocab_size, spec.max_positions, chosen, (start_token_id,)
+    )
+
+
+def _warn_of_unread(weights: Weights, *copies: str) -> None:
+    """Once all is read. copies: tensors that may be there, and say nothing new."""
+    unread = [name for name in weights.finish() if name not in copies and not _NO_WEIGHTS.search(name)]
+    if unread:
+        log.warning("%d tensors of the checkpoint are not used: %s ...", len(unread), ", ".join(unread[:8]))
 
 
 def _read_config(model_path: Path) -> HFConfig:
     raw = model_folder.read_config(model_path)
     model_type = raw.get("model_type")
-    if model_type not in BY_MODEL_TYPE | RECURRENT:
-        known = ", ".join(sorted(BY_MODEL_TYPE | RECURRENT))
+    if model_type not in (served := BY_MODEL_TYPE | RECURRENT | ENCODER_DECODERS):
+        known = ", ".join(sorted(served))
         raise UnsupportedModel(f"model type {model_type!r} is not supported yet; supported are {known}")
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method")

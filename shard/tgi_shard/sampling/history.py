@@ -15,28 +15,39 @@ class History:
     slots: np.ndarray  # [n]: where in it each row's tokens stand
     num_tokens: np.ndarray  # [n]: how many they are, at least 1
     prompt_lens: np.ndarray  # [n]: how many of those are the prompt's
+    num_unsaid: (
+        np.ndarray
+    )  # [n]: of the prompt's first ones, how many count for nothing: an encoder read them
 
     @property
     def num_outputs(self) -> np.ndarray:
         return self.num_tokens - self.prompt_lens
 
     def select(self, rows: np.ndarray) -> "History":
-        return History(self.token_ids, self.slots[rows], self.num_tokens[rows], self.prompt_lens[rows])
+        return History(
+            self.token_ids,
+            self.slots[rows],
+            self.num_tokens[rows],
+            self.prompt_lens[rows],
+            self.num_unsaid[rows],
+        )
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids [n, longest] int64, which of them are real, and which are output: [n, longest] bool.
 
-        A shorter row is filled with its own first token: padding must never make a token seen that was not.
+        What is not real is filled with the row's own newest token: padding must never make a token seen that
+        was not.
         """
         device = self.token_ids.device
-        slots, num_tokens, prompt_lens = torch.from_numpy(
-            np.stack((self.slots, self.num_tokens, self.prompt_lens))
+        slots, num_tokens, prompt_lens, num_unsaid = torch.from_numpy(
+            np.stack((self.slots, self.num_tokens, self.prompt_lens, self.num_unsaid))
         ).to(device)
         columns = torch.arange(int(self.num_tokens.max()), device=device)
         ids = self.token_ids[:, : len(columns)].index_select(0, slots).long()
-        is_real = columns < num_tokens.unsqueeze(1)
+        is_real = (columns < num_tokens.unsqueeze(1)) & (columns >= num_unsaid.unsqueeze(1))
         is_output = is_real & (columns >= prompt_lens.unsqueeze(1))
-        return torch.where(is_real, ids, ids[:, :1]), is_real, is_output
+        newest = ids.gather(1, num_tokens.unsqueeze(1) - 1)
+        return torch.where(is_real, ids, newest), is_real, is_output
 
     def last_token_ids(self) -> list[int]:
         """Each row's newest token, on the host: waits for the device."""
