@@ -1,5 +1,7 @@
 """The router's application in this process: the real step loop before scripted shards behind real gRPC."""
 
+import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 import tiny_tokenizers
 from scripted_shard import ScriptedService, ScriptedShard, start_server
 from tgi_router import app
+from tgi_router.connection import Connection
 from tgi_router.metrics import Metrics
 from tgi_router.scheduling.step_loop import StepLoop
 from tgi_router.settings import Settings
@@ -116,3 +119,21 @@ async def running(
             await built.grammars.close()
         await server.stop(None)
         tokenizer.close()
+
+
+@asynccontextmanager
+async def listening(router: Running, protocol: type[Connection] = Connection) -> AsyncIterator[int]:
+    """The port on which its application is served."""
+    listener = app.bind("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections have it too
+    config = app.uvicorn_config(router.app.asgi)
+    config.http = protocol
+    server = app.Server(config)
+    serving = asyncio.create_task(server.serve([listener]))
+    while not server.started:  # noqa: ASYNC110  # polled
+        await asyncio.sleep(0.01)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.force_exit = server.should_exit = True
+        await serving

@@ -1,6 +1,6 @@
 """The router's options, as one frozen value. `main.py` fills it from the command line and the environment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +40,7 @@ class Settings:
     enable_prefill_logprobs: bool
     grammars: bool
     cors_allow_origin: tuple[str, ...]  # empty: any
-    api_key: str | None
+    api_key: str | None = field(repr=False)  # never logged
     vertex_predict_path: str | None  # further paths, chosen by Vertex AI
     vertex_health_path: str | None
     compute_type: str

@@ -354,6 +354,22 @@ async def test_a_bug_is_a_500_that_clients_understand(
 # Keys and origins
 
 
+async def test_the_key_is_compared_in_constant_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring time proves nothing on a busy machine: the comparison made for it is what decides."""
+    compared = []
+
+    def compare(given: bytes, expected: bytes) -> bool:
+        compared.append((given, expected))
+        return given == expected
+
+    monkeypatch.setattr("tgi_router.api.middleware.hmac.compare_digest", compare)
+    async with running(tmp_path, api_key="Sesame") as router:
+        for key, status in (("Sesam", 401), ("Sesame", 200)):
+            reply = await router.post("/generate", native(), headers={"authorization": f"Bearer {key}"})
+            assert reply.status_code == status
+    assert compared == [(b"Sesam", b"Sesame"), (b"Sesame", b"Sesame")]
+
+
 async def test_api_key(tmp_path: Path) -> None:
     async with running(tmp_path, api_key="Sesame") as router:
 

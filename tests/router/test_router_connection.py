@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 import tiny_tokenizers
-from router_app import Running, running
+from router_app import Running, listening, running
 from scripted_shard import ScriptedShard
-from tgi_router import app
 from tgi_router.api import body as body_reading
 from tgi_router.connection import MAX_HEADER_BYTES, Connection
 from tgi_router.generation import Mailbox
@@ -60,20 +59,8 @@ async def serving(folder: Path, protocol: type[Connection] = Hasty, **changes: A
     shard = ScriptedShard(
         vocab_size=tiny_tokenizers.VOCAB_SIZE, num_blocks=1200, max_total_tokens=NUM_TOKENS + 100
     )
-    async with running(folder, shard=shard, **changes) as router:
-        listener = app.bind("127.0.0.1", 0)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections have it too
-        config = app.uvicorn_config(router.app.asgi)
-        config.http = protocol
-        server = app.Server(config)
-        task = asyncio.create_task(server.serve([listener]))
-        while not server.started:  # noqa: ASYNC110  # polled
-            await asyncio.sleep(0.01)
-        try:
-            yield Server(router, listener.getsockname()[1])
-        finally:
-            server.force_exit = server.should_exit = True
-            await task
+    async with running(folder, shard=shard, **changes) as router, listening(router, protocol) as port:
+        yield Server(router, port)
 
 
 def post(path: str, body: bytes, length: int | None = None) -> bytes:

@@ -4,9 +4,10 @@ import asyncio
 import random
 from pathlib import Path
 
+import httpx
 import pytest
 
-from router_app import Running, running
+from router_app import listening, running
 from tgi_router.errors import Overloaded
 from tgi_router.permits import Permits
 
@@ -58,8 +59,12 @@ async def test_permits_are_conserved_whenever_clients_leave(tmp_path: Path) -> N
         ("/v1/completions", {"prompt": ["a", "b"], "stream": True, "max_tokens": 20}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True, "n": 2}),
     ]
-    async with running(tmp_path, step_s=0.001, max_concurrent_requests=MAX_CONCURRENT) as router:
-        statuses = await asyncio.gather(*(_visit(router, rng, *rng.choice(bodies)) for _ in range(60)))
+    async with (
+        running(tmp_path, step_s=0.001, max_concurrent_requests=MAX_CONCURRENT) as router,
+        listening(router) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client,
+    ):
+        statuses = await asyncio.gather(*(_visit(client, rng, *rng.choice(bodies)) for _ in range(60)))
         assert {None, 200, 429} <= set(statuses)  # some left, some stayed, some were refused
         permits = router.app.generation.permits
         while permits._num_free != MAX_CONCURRENT:  # noqa: ASYNC110  # the last to leave are being noticed
@@ -67,11 +72,11 @@ async def test_permits_are_conserved_whenever_clients_leave(tmp_path: Path) -> N
         permits.take(MAX_CONCURRENT)
 
 
-async def _visit(router: Running, rng: random.Random, path: str, body: object) -> int | None:
+async def _visit(client: httpx.AsyncClient, rng: random.Random, path: str, body: object) -> int | None:
     """The status; None: the client left before it had all."""
     await asyncio.sleep(rng.uniform(0.0, 0.5))
     patience_s = rng.choice((0.0, rng.uniform(0.0, 0.1), 60.0))
     try:
-        return (await asyncio.wait_for(router.post(path, body), patience_s)).status_code
+        return (await asyncio.wait_for(client.post(path, json=body), patience_s)).status_code
     except TimeoutError:
         return None

@@ -183,6 +183,29 @@ async def test_sigterm_finishes_open_streams_and_refuses_new_ones(tmp_path: Path
         assert "signal received, starting graceful shutdown" in router.messages()
 
 
+async def test_the_api_key_is_not_logged(tmp_path: Path) -> None:
+    async with (
+        serving(tmp_path, API_KEY="open-sesame", LOG_LEVEL="trace") as (router, _),
+        httpx.AsyncClient(timeout=20) as client,
+    ):
+        for key, status in (("open-sesame", 200), ("open-sesame-please", 401)):
+            headers = {"authorization": f"Bearer {key}"}
+            reply = await client.post(f"{router.url}/generate", json=BODY, headers=headers)
+            assert reply.status_code == status
+        # Nor where something goes wrong with its header at hand.
+        headers = {"authorization": "Bearer open-sesame", "content-type": "application/json"}
+        assert (await client.post(f"{router.url}/generate", content=b"{", headers=headers)).status_code == 400
+        router.process.send_signal(signal.SIGTERM)
+        assert await router.exit_code() == 0
+        assert "Success" in router.messages()
+        assert "open-sesame" not in router.log()
+
+
+def test_settings_do_not_show_the_api_key() -> None:
+    options = main.make_context("text-generation-router", ["--api-key", "open-sesame"]).params
+    assert "open-sesame" not in repr(settings_from(options))
+
+
 async def test_a_second_signal_is_immediate(tmp_path: Path) -> None:
     async with serving(tmp_path, step_s=0.3) as (router, _), httpx.AsyncClient(timeout=20) as client:
         loop = asyncio.get_running_loop()
