@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import grpc
 from grpc import aio
 
 from tgi_proto import generate_pb2 as pb
@@ -175,6 +176,7 @@ class ScriptedService(pb_grpc.TextGenerationServicer):
     def __init__(self, shard: ScriptedShard, step_s: float = 0.0) -> None:
         self.shard = shard
         self.step_s = step_s  # how long a step takes
+        self.max_tokens_in_memory: int | None = None  # a step of more tokens runs out of memory
 
     async def Info(self, request: pb.InfoRequest, context: object) -> pb.InfoResponse:
         return pb.InfoResponse(
@@ -202,7 +204,7 @@ class ScriptedService(pb_grpc.TextGenerationServicer):
         )
 
     async def Run(
-        self, requests: AsyncIterator[pb.RunRequest], context: object
+        self, requests: AsyncIterator[pb.RunRequest], context: aio.ServicerContext
     ) -> AsyncIterator[pb.StepResult]:
         self.shard.forget()
         plans: deque[pb.StepPlan] = deque()
@@ -215,6 +217,8 @@ class ScriptedService(pb_grpc.TextGenerationServicer):
                 plans.append(request.plan)
             while plans and (not plans[0].await_masks or plans[0].step_id in masks):
                 plan = plans.popleft()
+                if sum(plan.run_num_tokens) > (self.max_tokens_in_memory or sum(plan.run_num_tokens)):
+                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "OutOfMemoryError")
                 result = self.shard.apply(plan, masks.pop(plan.step_id, None))
                 await asyncio.sleep(max(0.0, self.step_s - (time.monotonic() - started_at)))
                 yield result if self.shard.rank == 0 else pb.StepResult(step_id=plan.step_id)

@@ -49,18 +49,22 @@ class _Launched:
 
 
 class EngineThread:
-    """`on_failure` is called, in this thread, with what a plan raised; nothing runs after that.
+    """`on_failure` is called, in this thread, with what a plan raised. Set it before the first plan.
 
-    Set it before the first plan.
+    It tells whether the thread goes on. If so, plans whose results would go where the failed one's would
+    have gone are passed over: they count on what the failed one should have done.
     """
 
-    on_failure: Callable[[Exception], None]
+    on_failure: Callable[[Exception], bool]
 
     def __init__(self) -> None:
         self.last_step_id = 0
         self.last_step_ended_at: float | None = None  # time.monotonic(), like the next
         self.step_began_at: float | None = None  # None: no step is under way
         self.longest_step_s = 0.0  # so far, the warm-up's steps among them
+        self.num_failures_in_a_row = 0  # steps that raised, with none between them that went well
+        self._latest: Callable[[StepResult], None] | None = None  # where the latest step's result goes
+        self._given_up: Callable[[StepResult], None] | None = None  # where no result goes any more
         self._queue: queue.SimpleQueue[_Step | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -103,10 +107,16 @@ class EngineThread:
         return future
 
     def _run(self) -> None:
-        try:
-            self._loop()
-        except Exception as error:
-            self.on_failure(error)
+        while True:
+            try:
+                self._loop()
+                return
+            except Exception as error:
+                self.num_failures_in_a_row += 1
+                if not self.on_failure(error):
+                    return
+            self._given_up = self._latest
+            self.last_step_ended_at, self.step_began_at = time.monotonic(), None
 
     def _loop(self) -> None:
         launched: _Launched | None = None
@@ -118,6 +128,9 @@ class EngineThread:
                 launched = None
                 continue
             if isinstance(work, _Step):
+                if work.deliver is self._given_up:
+                    continue
+                self._latest = work.deliver
                 began_at = self.step_began_at = time.monotonic()
                 forwarded = work.engine.forward(work.plan)
                 masks = None
@@ -145,6 +158,7 @@ class EngineThread:
             now = time.monotonic()
             self.note_step(now - max(launched.began_at, self.last_step_ended_at or 0.0))
             self.last_step_id = result.step_id
+            self.num_failures_in_a_row = 0
             self.last_step_ended_at = now
             self.step_began_at = now if is_followed else None
             launched.step.deliver(result)

@@ -1,8 +1,9 @@
 """One rank as a gRPC server on a Unix socket: wire -> engine -> wire, and the life of the process.
 
 Calls are answered on an asyncio loop in the main thread; what touches the device runs in the engine's thread.
-A sequence that cannot be stepped fails alone. Anything else that a step raises ends the stream with INTERNAL
-and then the process: the device or the group may be in any state, and the router rebuilds what is lost.
+A sequence that cannot be stepped fails alone. Anything else that a step raises ends the stream, with INTERNAL
+or, out of memory, RESOURCE_EXHAUSTED; and then the process, unless it is the only rank and its device still
+answers. The router rebuilds what is lost.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import json
 import logging
 import signal
 import time
+import traceback
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ from tgi_shard.warmup import NotEnoughMemory, warm_up
 log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 2.0
+MAX_FAILURES_IN_A_ROW = 16  # steps that raise before a fresh process is the better guess
 STOP_GRACE_S = 1.0  # for streams that are open at SIGTERM: the router drains, not the shard
 ENGINE_STOP_TIMEOUT_S = 5.0  # a rank whose peers are gone may wait in a collective for longer
 
@@ -48,7 +51,7 @@ SERVER_OPTIONS = [
 
 
 class EngineFailed(Exception):
-    """A step raised what concerns no single sequence. The process must end."""
+    """A step raised what this process cannot go on from. It must end."""
 
 
 def serve(settings: Settings) -> None:
@@ -313,19 +316,47 @@ class Service(pb_grpc.TextGenerationServicer):
         if self._engine is not None:
             await asyncio.wrap_future(self.thread.call(self._engine.forget))
 
-    def _on_failure(self, error: Exception) -> None:
-        """In the engine's thread."""
+    def _on_failure(self, error: Exception) -> bool:
+        """In the engine's thread: whether it goes on.
+
+        The stream ends in any case, and with it all that the engine knew of its sequences: the router opens
+        the next one, adds the living, and finds out who was to blame.
+        """
         if self._stopped.is_set():  # the other ranks are leaving as well: a step may find them gone
             log.warning("A step was given up: %s", _describe(error))
-            return
-        log.critical("A step failed; this process ends", exc_info=error)
-        self.failure = error
-        self._loop.call_soon_threadsafe(self._end_failed, _describe(error))
+            return False
+        is_out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED if is_out_of_memory else grpc.StatusCode.INTERNAL
+        goes_on = self._is_usable()
+        if goes_on:
+            log.error("A step failed; the sequences are forgotten", exc_info=error)
+            traceback.clear_frames(error.__traceback__)  # they hold what the step had on the device
+            if is_out_of_memory and self.settings.device.type == "cuda":
+                torch.cuda.empty_cache()
+        else:
+            log.critical("A step failed; this process ends", exc_info=error)
+            self.failure = error
+        self._loop.call_soon_threadsafe(self._end_failed, code, _describe(error), goes_on)
+        return goes_on
 
-    def _end_failed(self, message: str) -> None:
+    def _is_usable(self) -> bool:
+        """Whether the next step can be any better in this process. Called after one has failed."""
+        if self.group.world_size > 1:
+            return False  # the other ranks are in the middle of the step, and wait for this one
+        if self.thread.num_failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            return False
+        if self.settings.device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:  # its errors stay: no later call in this process would do better
+                return False
+        return True
+
+    def _end_failed(self, code: grpc.StatusCode, message: str, goes_on: bool) -> None:
         if self._stream is not None:
-            self._stream.end(grpc.StatusCode.INTERNAL, message)
-        self._stopped.set()
+            self._stream.end(code, message)
+        if not goes_on:
+            self._stopped.set()
 
 
 Context = grpc.aio.ServicerContext

@@ -165,6 +165,19 @@ async def test_streams_survive_lost_shards(tmp_path: Path, world_size: int) -> N
         assert loop._metrics.tgi_recoveries._value.get() == 3
 
 
+async def test_running_out_of_memory_shortens_prompt_chunks_and_blames_nobody(tmp_path: Path) -> None:
+    async with running_loop(tmp_path) as (loop, services, _):
+        services[0].max_tokens_in_memory = 24
+        ears = [Ear(make_request((i, *range(60)), 10)) for i in range(4)]
+        for ear in ears:
+            loop.submit(ear.request, ear)
+        await asyncio.wait_for(asyncio.gather(*(ear.done.wait() for ear in ears)), 60)
+        for ear in ears:
+            ear.check()
+        assert loop._scheduler.prompt_budget.num_tokens <= 24
+        assert not loop._scheduler.blame.quarantined
+
+
 async def test_an_idle_loop_notices_lost_shards_and_serves_again(tmp_path: Path) -> None:
     async with running_loop(tmp_path) as (loop, _, crash):
         await crash()

@@ -29,6 +29,7 @@ VOCAB_SIZE = 200
 EOS_TOKEN_ID = 7
 MAX_TOTAL_TOKENS = 48
 POISON = 150  # the token that kills the shards, where poison is among the faults
+MAX_TOKENS_IN_MEMORY = 24  # in one step, where memory is short: chunks of 16 and seven decodes fit
 MAX_LOSSES_BY_ONE = 4  # two to notice, two to prove
 MIN_LOSSES_TO_BLAME = 3  # kills from outside that meet a sequence so often may be laid at its door
 LONGEST_SCHEDULE_S = 3600.0  # of simulated time: who is not served by then has starved
@@ -48,6 +49,7 @@ class Faults:
     shrink: float = 0.0  # restarted shards have fewer blocks
     not_finite: float = 0.0  # a sequence of a step cannot be sampled
     abort: float = 0.0  # a client leaves at some moment
+    oom: float = 0.0  # this share of steps that are larger than the memory allows runs out of it
     poison: float = 0.0  # a prompt holds a token that kills the shards when it is computed; so does an output
 
     @classmethod
@@ -60,6 +62,7 @@ class Faults:
             "shrink": (0.0, 0.0, 0.3),
             "not_finite": (0.0, 0.0, 0.05),
             "abort": (0.0, 0.1, 0.5),
+            "oom": (0.0, 0.0, 0.5, 1.0),
             "poison": (0.0, 0.0, 0.2),
         }
         return cls(**{name: rng.choice(choices) for name, choices in levels.items()})
@@ -77,6 +80,7 @@ class SimulatedGroup:
         self.num_crashes_near: Counter[int] = Counter()  # from outside, by the sequences that were there
         self.poisonous: set[int] = set()  # sequences that killed the shards
         self.num_poisonings = 0
+        self.num_out_of_memory = 0
 
     async def connect(self, sizes: WarmupSizes) -> ModelFacts:
         await asyncio.sleep(self.rng.uniform(0.0, 2.0))
@@ -152,6 +156,11 @@ class SimulatedStream:
                     plan = pb.RunRequest.FromString(self._plans.get_nowait()).plan
                 self._lose("crashed")
                 return
+            is_large = sum(plan.run_num_tokens) > MAX_TOKENS_IN_MEMORY
+            if is_large and rng.random() < group.faults.oom:
+                group.num_out_of_memory += 1
+                self._lose("out of memory", is_out_of_memory=True)
+                return
             result = group.shard.apply(plan)
             if group.faults.poison and (poisonous := group.poisonous_of(plan)):
                 group.poisonous.update(poisonous)
@@ -169,8 +178,8 @@ class SimulatedStream:
             if rng.random() < 0.3:
                 await asyncio.sleep(0)  # the router may look now, or find two results at once
 
-    def _lose(self, reason: str) -> None:
-        self.lost = ShardsLost(reason)
+    def _lose(self, reason: str, *, is_out_of_memory: bool = False) -> None:
+        self.lost = ShardsLost(reason, is_out_of_memory=is_out_of_memory)
         self._wake()
 
     def _fail(self, result: pb.StepResult, row: int) -> None:

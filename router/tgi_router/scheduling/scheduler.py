@@ -26,6 +26,7 @@ from tgi_router.scheduling.blame import Blame
 from tgi_router.scheduling.block_allocator import BlockAllocator, ceil_div
 from tgi_router.scheduling.plan import AddedSequence, Row, StepPlan, StepResult
 from tgi_router.scheduling.prefix_cache import block_key
+from tgi_router.scheduling.prompt_budget import PromptBudget
 from tgi_router.scheduling.queue import WaitingQueue
 from tgi_router.scheduling.sequence import Sequence
 
@@ -51,6 +52,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: dict[int, Sequence] = {}  # by sequence id, oldest first
         self.blame = Blame()
+        self.prompt_budget = PromptBudget(limits.max_step_tokens)
         self.num_preemptions = 0
         self.num_hit_tokens = 0  # prompt tokens found in the prefix cache
         self._to_drop: list[int] = []
@@ -102,7 +104,7 @@ class Scheduler:
         """The next step. None if nothing can run now."""
         plan = StepPlan(self._last_step_id + 1)
         self._run_decodes(plan)
-        budget = self.limits.max_step_tokens - len(plan.rows)
+        budget = min(self.limits.max_step_tokens - len(plan.rows), self.prompt_budget.num_tokens)
         budget = self._run_prompts(plan, budget)
         self._admit(plan, budget)
         plan.drop, self._to_drop = self._to_drop, []
@@ -118,6 +120,7 @@ class Scheduler:
         Returns the tokens for sequences still alive.
         """
         self._num_in_flight -= 1
+        self.prompt_budget.stepped()
         confirmed: list[tuple[Sequence, SampledToken]] = []
         for row in plan.rows:
             sequence = row.sequence

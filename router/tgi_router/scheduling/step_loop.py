@@ -189,7 +189,11 @@ class StepLoop:
                 log.error("Lost the shards", reason=str(error), sequences=len(self._sequences))
                 for step in self._in_flight:
                     self._metrics.tgi_batch_inference_failure.labels(method_of(step.plan)).inc()
-                self._blame_somebody(error)
+                budget = self._scheduler.prompt_budget
+                if error.is_out_of_memory and budget.halve():
+                    log.warning("Out of memory: shorter prompt chunks from now on", tokens=budget.num_tokens)
+                else:
+                    self._blame_somebody(error)
             finally:
                 await stream.close()
             self._are_shards_back = False

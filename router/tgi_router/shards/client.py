@@ -27,6 +27,10 @@ CHANNEL_OPTIONS = (
 class ShardsLost(Exception):
     """A shard does not answer any more, or not as it should; what it held is gone."""
 
+    def __init__(self, reason: str, *, is_out_of_memory: bool = False) -> None:
+        super().__init__(reason)
+        self.is_out_of_memory = is_out_of_memory  # a step was, and said so
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -120,21 +124,23 @@ class RunStream:
         try:
             await self._call.write(request)
         except (aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise ShardsLost(await self._reason(error)) from error
+            raise await self._lost(error) from error
 
     async def receive(self) -> bytes:
         try:
             message = await self._call.read()
         except aio.AioRpcError as error:
-            raise ShardsLost(describe(error)) from error
+            raise await self._lost(error) from error
         if not isinstance(message, bytes):  # grpc's end-of-stream marker
             raise ShardsLost(f"a shard closed its stream: {await self._call.details() or 'no reason given'}")
         return message
 
-    async def _reason(self, error: Exception) -> str:
+    async def _lost(self, error: Exception) -> ShardsLost:
+        reason = f"a shard closed its stream: {await self._call.details() or error}"
         if isinstance(error, aio.AioRpcError):
-            return describe(error)
-        return f"a shard closed its stream: {await self._call.details() or error}"
+            reason = describe(error)
+        code = await self._call.code()
+        return ShardsLost(reason, is_out_of_memory=code is grpc.StatusCode.RESOURCE_EXHAUSTED)
 
     def cancel(self) -> None:
         self._call.cancel()
