@@ -59,7 +59,7 @@ class Checkpoint:
     def _add(self, file: Path) -> None:
         try:
             handle = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last: torch cannot map the file
             raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
         self._open[file] = handle
         self._files |= dict.fromkeys(handle.keys(), file)
