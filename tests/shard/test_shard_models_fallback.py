@@ -1,4 +1,5 @@
-"""Decoders without a page of ours, by transformers' code: what is honoured, and what is refused in a sentence."""
+"""Decoders without a page of ours, by transformers' code: what is honoured, and what is refused in a
+sentence."""
 
 import json
 from pathlib import Path
