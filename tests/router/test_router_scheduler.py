@@ -312,3 +312,9 @@ def test_an_encoders_prompt_is_not_cut() -> None:
     assert run() == {1: 40}  # the whole prompt, and what fits of the answer
     assert run() == {1: 5, 2: 34}
     assert run() == {1: 1, 2: 1}
+    while scheduler.prompt_budget.halve():  # memory ran out, again and again
+        pass
+    scheduler.restart(BlockAllocator(64, 8, share_prefixes=False))
+    assert run() == {1: 31}
+    assert run() == {1: 16}
+    assert run() == {1: 1, 2: 21}

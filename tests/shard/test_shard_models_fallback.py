@@ -1,5 +1,4 @@
-"""Decoders without a page of ours, by transformers' code: what is honoured, and what is refused in a
-sentence."""
+"""What the transformers fallback refuses, and code that comes with a model; its numbers: parity tests."""
 
 import json
 from pathlib import Path
@@ -38,7 +37,7 @@ def config_alone(path: Path, model_type: str, **fields: Any) -> Path:
         ("minimax", {}, "has linear_attention layers"),
         ("biogpt", {}, "does not let attention be replaced"),
         ("bert", {}, "not causal"),
-        ("t5", {}, "has an encoder"),
+        ("bart", {}, "has an encoder"),
         ("hrm_text", {}, "cannot run on paged attention"),
         ("doge", {}, "cannot run on paged attention"),
         (

@@ -213,7 +213,11 @@ class Scheduler:
             ):
                 break
             if sequence.num_first_tokens > budget:
-                break
+                # An encoder's prompt cannot be cut: where memory has run short it is its step's only prompt.
+                has_prompts = any(row.num_tokens > 1 for row in plan.rows)
+                if has_prompts or sequence.num_first_tokens > self.limits.max_step_tokens - len(plan.rows):
+                    break
+                budget = sequence.num_first_tokens
             if any(self._is_worth_waiting_for(prompt, sequence) for prompt in prompts):
                 continue
             allocation = self.allocator.allocate(
