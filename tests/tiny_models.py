@@ -257,6 +257,20 @@ _T5 = {
 _ENCODER_DECODER_CONFIGS: dict[str, dict[str, Any]] = {
     "t5": _T5 | {"vocab_size": 263},
     "mt5": _T5 | {"vocab_size": 270},
+    "bart": {
+        "vocab_size": 263,
+        "d_model": 48,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 80,
+        "decoder_ffn_dim": 72,
+        "max_position_embeddings": 256,
+        "init_std": 0.1,
+        "decoder_start_token_id": PAD_ID,
+        "forced_eos_token_id": None,
+    },
 }
 
 DECODERS: tuple[str, ...] = tuple(_CONFIGS)
@@ -264,6 +278,7 @@ ENCODER_DECODERS: tuple[str, ...] = tuple(_ENCODER_DECODER_CONFIGS)
 # Other settings: name -> (model_type, fields of its config).
 ENCODER_DECODER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-gated": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bart-scaled": ("bart", {"scale_embedding": True, "activation_function": "relu"}),
 }
 
 _MAMBA = {"hidden_size": 48, "state_size": 12, "num_hidden_layers": 3, "time_step_rank": 7}

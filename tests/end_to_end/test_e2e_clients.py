@@ -5,6 +5,7 @@ import asyncio
 import openai
 import pytest
 import text_generation
+
 from server import Server
 
 PROMPT = "What is the capital of France?"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from server import Server, kill
 
 import tiny_models
 from conftest import Launch
+from server import Server, kill
 
 MAX_NEW_TOKENS = 240
 PROMPT = "Answer: "

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 
 import httpx
-from server import Server
 
 from conftest import Launch
+from server import Server
 
 PROMPT = "Once upon a time"
 STALL_TIMEOUT_S = 3

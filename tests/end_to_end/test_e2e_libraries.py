@@ -9,9 +9,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 from pydantic import BaseModel
-from server import Server
 
 from conftest import Launch
+from server import Server
 
 with pytest.MonkeyPatch.context() as environment, warnings.catch_warnings():
     environment.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks the network for prices

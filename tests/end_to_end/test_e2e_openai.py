@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from server import Server
 
 from conftest import Launch
+from server import Server
 
 PROMPT = "What is the capital of France?"
 MESSAGES: Any = [{"role": "user", "content": PROMPT}]

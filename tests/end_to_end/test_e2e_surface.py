@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+
 from server import Server
 
 CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}

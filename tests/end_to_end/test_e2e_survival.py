@@ -5,9 +5,9 @@ import time
 
 import psutil
 import pytest
-from server import Server, kill
 
 from conftest import Launch
+from server import Server, kill
 
 PROMPT = "Once upon a time"
 

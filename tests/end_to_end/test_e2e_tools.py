@@ -8,9 +8,9 @@ from typing import Any
 import huggingface_hub
 import openai
 import pytest
-from server import Server
 
 from conftest import Launch
+from server import Server
 
 TOOL: dict[str, Any] = {
     "type": "function",

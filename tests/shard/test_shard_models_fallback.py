@@ -37,7 +37,7 @@ def config_alone(path: Path, model_type: str, **fields: Any) -> Path:
         ("minimax", {}, "has linear_attention layers"),
         ("biogpt", {}, "does not let attention be replaced"),
         ("bert", {}, "not causal"),
-        ("bart", {}, "has an encoder"),
+        ("pegasus", {}, "has an encoder"),
         ("hrm_text", {}, "cannot run on paged attention"),
         ("doge", {}, "cannot run on paged attention"),
         (

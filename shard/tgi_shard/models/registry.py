@@ -64,7 +64,7 @@ from tgi_shard.models.architectures import (
     stablelm,
     starcoder2,
 )
-from tgi_shard.models.encoder_decoder import t5
+from tgi_shard.models.encoder_decoder import bart, t5
 from tgi_shard.models.encoder_decoder import weights as encoder_decoder_weights
 from tgi_shard.models.encoder_decoder.spec import EncoderDecoderSpec
 from tgi_shard.models.model import Model
@@ -87,7 +87,7 @@ _ARCHITECTURES: tuple[ModuleType, ...] = (
     *(deepseek_v2, deepseek_v3),
 )
 BY_MODEL_TYPE = {model_type: module for module in _ARCHITECTURES for model_type in module.MODEL_TYPES}
-ENCODER_DECODERS = {model_type: module for module in (t5,) for model_type in module.MODEL_TYPES}
+ENCODER_DECODERS = {model_type: module for module in (t5, bart) for model_type in module.MODEL_TYPES}
 RECURRENT = {model_type: module for module in (mamba, mamba2) for model_type in module.MODEL_TYPES}
 # All others run through transformers, if they can.
 _OURS = BY_MODEL_TYPE | ENCODER_DECODERS | RECURRENT
@@ -168,7 +168,14 @@ def _load_encoder_decoder(
             )
         weights = Weights(checkpoint, chosen, device, progress)
         model = encoder_decoder_weights.load(spec, 1, weights, group)
-        _warn_of_unread(weights, *(f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")))
+        _warn_of_unread(
+            weights,
+            *(
+                f"{prefix}{stack}.embed_tokens.weight"
+                for prefix in ("", "model.")
+                for stack in ("encoder", "decoder")
+            ),
+        )
     return LoadedModel(
         model, config.model_type, spec.vocab_size, spec.max_positions, chosen, (start_token_id,)
     )
