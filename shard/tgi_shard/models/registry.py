@@ -201,9 +201,12 @@ def _load_through_transformers(
     # Imported here: transformers' modeling code takes seconds that models with a page of ours need not spend.
     from tgi_shard.models import transformers_fallback
 
+    likely = dtype or config.dtype or torch.float32  # refused before the weights are so much as opened
+    prepared = transformers_fallback.prepare(config, likely, group, rope_override, trust_remote_code)
     with Checkpoint.open(model_path) as checkpoint:
         chosen = _dtype(dtype, config, checkpoint)
-        prepared = transformers_fallback.prepare(config, chosen, group, rope_override, trust_remote_code)
+        if chosen != likely:  # neither the user nor the config names one
+            prepared = transformers_fallback.prepare(config, chosen, group, rope_override, trust_remote_code)
         weights = Weights(checkpoint, chosen, device, progress)
         model = transformers_fallback.load(prepared, weights, group)
         _warn_of_unread(weights, "lm_head.weight")
