@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from conftest import Launch
 
@@ -19,7 +20,8 @@ def poisonous(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for file in tiny_llama.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     weights = load_file(path / "model.safetensors")
-    weights["model.embed_tokens.weight"][ord(POISON)] = float("nan")
+    poison_id = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id(POISON)
+    weights["model.embed_tokens.weight"][poison_id] = float("nan")
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     return path
 
