@@ -2,12 +2,10 @@
 
 The order of a plan:
 1. Drop what ended, was cancelled or was preempted since the last plan. Plans run strictly in order, so the
-   blocks of a
-   dropped sequence may be granted again in the same plan.
+   blocks of a dropped sequence may be granted again in the same plan.
 2. Sequences with one pending token (decodes) run, oldest first. Each may need a block; when none is left,
-   the youngest
-   running sequence is preempted: it leaves the shards and waits at the front of the queue. Its tokens stay
-   with us, and most of its blocks with the prefix cache.
+   the youngest running sequence is preempted: it leaves the shards and waits at the front of the queue. Its
+   tokens stay with us, and most of its blocks with the prefix cache.
 3. What is left of the token budget goes to prompts under way, oldest first, chunk by chunk.
 4. Then waiting sequences are admitted, first come first served, while budget, blocks and places last. One
    whose prompt a running sequence is computing right now (choices of one request, a shared beginning) waits

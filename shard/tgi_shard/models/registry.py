@@ -203,6 +203,7 @@ def _load_through_transformers(
 
     likely = dtype or config.dtype or torch.float32  # refused before the weights are so much as opened
     prepared = transformers_fallback.prepare(config, likely, group, rope_override, trust_remote_code)
+    log.info("%s models have no page of ours: this one runs by transformers' own code", config.model_type)
     with Checkpoint.open(model_path) as checkpoint:
         chosen = _dtype(dtype, config, checkpoint)
         if chosen != likely:  # neither the user nor the config names one
