@@ -27,7 +27,8 @@ def free_port() -> int:
 class Server:
     """`text-generation-launcher` with free ports and private sockets; use as a context manager."""
 
-    def __init__(self, model: str, folder: Path, *args: str) -> None:
+    def __init__(self, model: str, folder: Path, *args: str, python_path: Path | None = None) -> None:
+        """python_path: a folder whose modules its processes find before all others."""
         self.folder = folder
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -42,11 +43,17 @@ class Server:
             *("--master-port", str(free_port())),
             *args,
         ]
+        self.environ = dict(os.environ)
+        if python_path is not None:
+            folders = [str(python_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+            self.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
         self.client = httpx.Client(base_url=self.url, timeout=REQUEST_TIMEOUT_S)
 
     def __enter__(self) -> "Server":
         with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                self.command, env=self.environ, stdout=log, stderr=subprocess.STDOUT
+            )
         self.launcher = psutil.Process(self.process.pid)
         try:
             self.wait_until_healthy()

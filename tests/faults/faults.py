@@ -1,6 +1,10 @@
-"""Real faults: shards of a real server are killed or stopped while 16 mixed streams run, again and again.
+"""Real faults: shards of a real server are killed, stopped, cut off or broken while 16 mixed streams run.
 
     python tests/faults/faults.py --faults 200
+    python tests/faults/faults.py --faults 200 --num-shard 2 --kinds kill
+
+A fault of the kind `close` shuts the socket between router and shard down; `raise` makes a shard's next step
+raise (injected/sitecustomize.py). Linux only, and the processes must be allowed to trace their children.
 
 Every stream's whole output is compared with what the same request gave undisturbed. The launcher waits twice
 as long before each restart in a row, so each server lives through `FAULTS_PER_SERVER` of them, and the next
@@ -9,22 +13,24 @@ after a fault: it holds the launcher's wait, the start of the shards and the rec
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import math
 import os
 import random
 import signal
+import socket
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import httpx
 
@@ -33,10 +39,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a program
 import tiny_models
 from server import Server
 
-Fault = Literal["kill", "stop"]
+Fault = Literal["kill", "stop", "close", "raise"]
 
+WEIGHTS: dict[Fault, int] = {"kill": 6, "stop": 2, "close": 1, "raise": 1}  # how often each is drawn
+INJECTED = Path(__file__).parent / "injected"
+PIDFD_GETFD = 438  # the system call's number, on every architecture
 FAULTS_PER_SERVER = 5
-STOPPED_SHARE = 0.2  # of the faults: SIGSTOP; the others are SIGKILL
 STALL_TIMEOUT_S = 10
 NUM_TOKENS = 400  # of a long answer; the model has room for 512
 LOGPROB_TOLERANCE = 1e-3  # a prompt's sums are not those of its tokens one by one
@@ -87,7 +95,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Report:
-    num_faults: dict[Fault, int] = field(default_factory=lambda: {"kill": 0, "stop": 0})
+    num_faults: dict[Fault, int] = field(default_factory=lambda: dict.fromkeys(get_args(Fault), 0))
     num_answers: int = 0
     num_disturbed: int = 0  # answers with a fault in their midst
     problems: list[str] = field(default_factory=list)
@@ -97,8 +105,9 @@ class Report:
         pauses = sorted(self.pauses_s)
         p50 = statistics.median(pauses) if pauses else 0.0
         p99 = pauses[int(0.99 * (len(pauses) - 1))] if pauses else 0.0
+        faults = ", ".join(f"{fault} {count}" for fault, count in self.num_faults.items() if count)
         return (
-            f"{self.num_faults['kill']} kills, {self.num_faults['stop']} stops; {self.num_answers} answers, "
+            f"faults: {faults}; {self.num_answers} answers, "
             f"{self.num_disturbed} of them through a fault; {len(self.problems)} failed or different; pause "
             f"of a stream p50 {p50:.1f} s, p99 {p99:.1f} s"
         )
@@ -178,7 +187,7 @@ def _note(answer: Answer, event: dict[str, Any]) -> None:
             answer.endings[index] = choice["finish_reason"]
 
 
-def run(num_faults: int, seed: int, *args: str) -> Report:
+def run(num_faults: int, seed: int, *args: str, kinds: Sequence[Fault] = get_args(Fault)) -> Report:
     """args: options of the launcher."""
     report, draw = Report(), random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -187,11 +196,15 @@ def run(num_faults: int, seed: int, *args: str) -> Report:
         expected: dict[str, Answer] = {}
         while (left := num_faults - sum(report.num_faults.values())) > 0:
             place = Path(tempfile.mkdtemp(dir=folder))
-            with Server(str(model), place, "--stall-timeout", str(STALL_TIMEOUT_S), *args) as server:
+            options = ("--stall-timeout", str(STALL_TIMEOUT_S), *args)
+            with Server(str(model), place, *options, python_path=INJECTED) as server:
                 streams = requests(server.text("Once upon a time", max_new_tokens=NUM_TOKENS))
                 if not expected:
                     expected = {stream.name: ask(server.client, stream) for stream in streams}
-                _disturb(server, streams, expected, min(left, FAULTS_PER_SERVER), draw, report)
+                faults = draw.choices(
+                    kinds, [WEIGHTS[kind] for kind in kinds], k=min(left, FAULTS_PER_SERVER)
+                )
+                _disturb(server, streams, expected, faults, draw, report)
                 server.wait_for_metric("tgi_kv_blocks_used", 0, timeout_s=PATIENCE_S)
             print(report.describe(), file=sys.stderr, flush=True)
     return report
@@ -201,7 +214,7 @@ def _disturb(
     server: Server,
     streams: list[Request],
     expected: dict[str, Answer],
-    num_faults: int,
+    faults: list[Fault],
     draw: random.Random,
     report: Report,
 ) -> None:
@@ -230,13 +243,12 @@ def _disturb(
                         report.problems.append(f"{stream.name}: {difference}")
 
     with _running([threading.Thread(target=client, args=(stream,)) for stream in streams], is_over):
-        for _ in range(num_faults):
+        for fault in faults:
             _await(events, draw.randrange(20, 2000), server)
-            fault: Fault = "stop" if draw.random() < STOPPED_SHARE else "kill"
             victim = draw.choice(server.shard_pids)
             num_recoveries = server.metric("tgi_recoveries")
             faults_at.append(time.monotonic())
-            os.kill(victim, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+            inflict(fault, victim)
             report.num_faults[fault] += 1
             deadline = time.monotonic() + PATIENCE_S
             while server.metric("tgi_recoveries") == num_recoveries or not server.is_healthy():
@@ -245,6 +257,40 @@ def _disturb(
                 time.sleep(0.05)
             while events.acquire(blocking=False):  # count anew: the next fault is for streams that go on
                 pass
+
+
+def inflict(fault: Fault, shard_pid: int) -> None:
+    match fault:
+        case "kill":
+            os.kill(shard_pid, signal.SIGKILL)
+        case "stop":
+            os.kill(shard_pid, signal.SIGSTOP)
+        case "raise":
+            os.kill(shard_pid, signal.SIGUSR1)
+        case "close":
+            for connection in _borrow_connections(shard_pid):
+                connection.shutdown(socket.SHUT_RDWR)
+                connection.close()
+
+
+def _borrow_connections(pid: int) -> Iterator[socket.socket]:
+    """The process's connected Unix sockets that have a path: those that clients of its server opened."""
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    connected = {f"socket:[{row[6]}]" for row in rows if len(row) > 7 and row[5] == "03"}
+    libc, process = ctypes.CDLL(None, use_errno=True), os.pidfd_open(pid)
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = os.readlink(entry)
+            except FileNotFoundError:  # closed meanwhile
+                continue
+            if target in connected:
+                borrowed = libc.syscall(PIDFD_GETFD, process, int(entry.name), 0)
+                if borrowed < 0:
+                    raise OSError(ctypes.get_errno(), "pidfd_getfd")
+                yield socket.socket(fileno=borrowed)
+    finally:
+        os.close(process)
 
 
 def pauses_s(times: list[float], faults_at: list[float]) -> list[float]:
@@ -287,8 +333,10 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-shard", type=int, default=1)
+    parser.add_argument("--kinds", nargs="+", choices=get_args(Fault), default=get_args(Fault))
     options = parser.parse_args()
-    report = run(options.faults, options.seed, "--num-shard", str(options.num_shard))
+    args = ("--num-shard", str(options.num_shard))
+    report = run(options.faults, options.seed, *args, kinds=options.kinds)
     for problem in report.problems[:20]:
         print(problem[:500])
     print(report.describe())

@@ -8,13 +8,12 @@ from faults import Answer, Report, pauses_s, run
 def check(report: Report) -> None:
     assert report.problems == []
     assert report.num_disturbed > 0
-    assert max(report.pauses_s) > 0.25  # the launcher's first wait
 
 
 @pytest.mark.timeout(600)
 def test_every_stream_says_what_it_would_have_said() -> None:
-    report = run(3, 1)
-    assert sum(report.num_faults.values()) == 3
+    report = run(3, 17, kinds=("kill", "close", "raise"))  # a seed that draws each of them
+    assert report.num_faults == {"kill": 1, "stop": 0, "close": 1, "raise": 1}
     check(report)
 
 
