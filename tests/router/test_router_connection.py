@@ -16,7 +16,7 @@ from router_app import Running, listening, running
 from scripted_shard import ScriptedShard
 from tgi_router.api import body as body_reading
 from tgi_router.connection import MAX_HEADER_BYTES, Connection
-from tgi_router.generation import Mailbox
+from tgi_router.mailbox import Mailbox
 
 SHORT_S = 0.3
 LONG_S = 3600.0
@@ -171,7 +171,7 @@ async def test_what_a_client_leaves_unread_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before its time is up: the sequences end, and what lay in the mailbox goes."""
-    monkeypatch.setattr("tgi_router.generation.MAX_UNREAD", 100)
+    monkeypatch.setattr("tgi_router.mailbox.MAX_UNREAD", 100)
     mailboxes = []
     init = Mailbox.__init__
 

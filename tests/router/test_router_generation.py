@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import tiny_tokenizers
+from tgi_router.answer import GeneratedToken
 from tgi_router.errors import (
     ClientGone,
     GenerationFailed,
@@ -17,7 +18,8 @@ from tgi_router.errors import (
     ShardsUnavailable,
     ShuttingDown,
 )
-from tgi_router.generation import GeneratedToken, Generation, Mailbox, Run, duration_text
+from tgi_router.generation import Generation, Run, duration_text
+from tgi_router.mailbox import Mailbox
 from tgi_router.metrics import Metrics
 from tgi_router.request import FinishReason, Listener, Request, SampledToken
 from tgi_router.scheduling.step_loop import SequenceFailed, ShardsGone

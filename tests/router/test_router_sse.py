@@ -6,7 +6,7 @@ from typing import Any
 
 from tgi_router.api.sse import KEEP_ALIVE, EventStream, frame
 from tgi_router.errors import ClientGone
-from tgi_router.generation import Mailbox
+from tgi_router.mailbox import Mailbox
 
 
 class Client:

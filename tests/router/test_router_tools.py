@@ -11,7 +11,8 @@ import pytest
 import tiny_tokenizers
 from router_app import Running, running
 from scripted_shard import ScriptedShard
-from tgi_router.generation import Answer, Mailbox
+from tgi_router.answer import Answer
+from tgi_router.mailbox import Mailbox
 from tgi_router.metrics import Metrics
 from tgi_router.request import Request, SampledToken, Sampling
 from tgi_router.text.tokenizer import Tokenizer

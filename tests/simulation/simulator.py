@@ -17,8 +17,10 @@ import virtual_time
 
 from scripted_shard import ScriptedShard, next_token
 from tgi_proto import generate_pb2 as pb
+from tgi_router.answer import Answer, GeneratedToken
 from tgi_router.errors import ClientGone, GenerationFailed, Overloaded, QueuedTooLong
-from tgi_router.generation import Answer, GeneratedToken, Generation, Mailbox, Run
+from tgi_router.generation import Generation, Run
+from tgi_router.mailbox import Mailbox
 from tgi_router.metrics import Metrics
 from tgi_router.request import Request, Sampling
 from tgi_router.scheduling.plan import StepPlan, StepResult

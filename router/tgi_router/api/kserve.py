@@ -9,7 +9,8 @@ from tgi_router.api.replies import JSONReply, reply_to
 from tgi_router.api.sse import ClientWatch
 from tgi_router.api.vertex import close_all
 from tgi_router.errors import LengthMismatch, NotUTF8, Unhealthy
-from tgi_router.generation import Generation, Mailbox, Run
+from tgi_router.generation import Generation, Run
+from tgi_router.mailbox import Mailbox
 from tgi_router.scheduling.step_loop import StepLoop
 from tgi_router.schemas.kserve import (
     InferBody,

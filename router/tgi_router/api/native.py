@@ -6,13 +6,15 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tgi_router.answer import Answer, GeneratedToken
 from tgi_router.api.body import BodyReader
 from tgi_router.api.grammar import asked_grammar
 from tgi_router.api.openai_chat import ChatRoutes
 from tgi_router.api.replies import JSONReply, compute_headers, encode_json, record_failure
 from tgi_router.api.sse import ClientWatch, EventStream, frame
 from tgi_router.errors import RequestError, ValidationError
-from tgi_router.generation import Answer, GeneratedToken, Generation, Mailbox, Run
+from tgi_router.generation import Generation, Run
+from tgi_router.mailbox import Mailbox
 from tgi_router.schemas.native import (
     BestOfSequence,
     ChatTokenizeReply,

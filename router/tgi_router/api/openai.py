@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tgi_router.answer import Answer
 from tgi_router.api.sse import frame
 from tgi_router.errors import RequestError, ValidationError
-from tgi_router.generation import Answer, Run
+from tgi_router.generation import Run
 from tgi_router.request import FinishReason
 from tgi_router.schemas.openai import LogitBias, OpenAIStreamError, StreamErrorDetail, Usage
 

@@ -12,6 +12,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tgi_router.answer import Answer
 from tgi_router.api.body import BodyReader
 from tgi_router.api.grammar import asked_grammar
 from tgi_router.api.openai import (
@@ -28,8 +29,9 @@ from tgi_router.api.openai_messages import EMPTY_DELTA, MessageStream, whole_mes
 from tgi_router.api.replies import JSONReply, compute_headers, encode_json, record_failure
 from tgi_router.api.sse import DONE, ClientWatch, EventStream
 from tgi_router.errors import TemplateError, ToolError
-from tgi_router.generation import Answer, Generation, Mailbox, Run
+from tgi_router.generation import Generation, Run
 from tgi_router.grammar.source import AskedGrammar
+from tgi_router.mailbox import Mailbox
 from tgi_router.schemas.openai_chat import (
     ChatBody,
     ChatChoice,

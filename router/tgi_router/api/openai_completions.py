@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tgi_router.answer import Answer, GeneratedToken
 from tgi_router.api.body import BodyReader
 from tgi_router.api.grammar import asked_grammar
 from tgi_router.api.openai import (
@@ -23,7 +24,8 @@ from tgi_router.api.openai_logprobs import CompletionLogprobsWriter, joined
 from tgi_router.api.replies import JSONReply, compute_headers, encode_json, record_failure
 from tgi_router.api.sse import DONE, ClientWatch, EventStream
 from tgi_router.errors import BatchSizeExceeded, SuffixNotSupported, ValidationError
-from tgi_router.generation import Answer, GeneratedToken, Generation, Mailbox, Run
+from tgi_router.generation import Generation, Run
+from tgi_router.mailbox import Mailbox
 from tgi_router.schemas.openai import Usage
 from tgi_router.schemas.openai_completions import (
     Completion,

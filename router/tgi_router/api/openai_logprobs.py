@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from tgi_router.generation import Answer, GeneratedToken
+from tgi_router.answer import Answer, GeneratedToken
 from tgi_router.schemas.numbers import shortest_float32
 from tgi_router.schemas.openai_chat import TokenLogprob, TopLogprob
 from tgi_router.schemas.openai_completions import CompletionLogprobs

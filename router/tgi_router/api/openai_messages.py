@@ -9,9 +9,9 @@ from typing import Any
 
 from msgspec import UNSET
 
+from tgi_router.answer import Answer
 from tgi_router.api.openai import finish_reason_of
 from tgi_router.api.replies import encode_json
-from tgi_router.generation import Answer
 from tgi_router.schemas.openai_chat import ReplyFunction, ReplyMessage, ReplyToolCall
 from tgi_router.text.message import CallArguments, CallName, Content, Delta, Message, Parser, PlainText
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from tgi_router.errors import ClientGone
-from tgi_router.generation import Mailbox
+from tgi_router.mailbox import Mailbox
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"

@@ -12,7 +12,8 @@ from tgi_router.api.openai_chat import ChatRoutes
 from tgi_router.api.replies import JSONReply
 from tgi_router.api.sse import ClientWatch
 from tgi_router.errors import BodyError, NoInstances
-from tgi_router.generation import Generation, Mailbox, Run
+from tgi_router.generation import Generation, Run
+from tgi_router.mailbox import Mailbox
 from tgi_router.schemas.native import GenerateBody
 from tgi_router.schemas.openai_chat import ChatBody
 from tgi_router.schemas.vertex import Predictions, VertexBody
