@@ -35,9 +35,9 @@ from tgi_shard.quantization.dense import Dense
 from tgi_shard.weights.loading import Weights
 
 
-def check_group(spec: DecoderSpec, world_size: int) -> None:
-    """Raise UnsupportedModel unless that many ranks can share the model evenly."""
-    dims, moe = spec.dims, spec.moe
+def check(spec: DecoderSpec, group: Group) -> None:
+    """Raise UnsupportedModel unless the group's ranks can share the model evenly."""
+    dims, moe, world_size = spec.dims, spec.moe, group.world_size
     divided = [("attention heads", dims.num_heads), ("MLP features", spec.mlp.intermediate_size)]
     if moe is not None:
         divided = [("attention heads", dims.num_heads), ("features of an expert", moe.intermediate_size)]

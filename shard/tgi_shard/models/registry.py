@@ -129,90 +129,38 @@ def load_model(
     """
     config = _read_config(model_path, trust_remote_code)
     if through_transformers or config.model_type not in _OURS:
-        return _load_through_transformers(
-            model_path, config, dtype, device, group, rope_override, trust_remote_code, progress
-        )
-    if config.model_type in ENCODER_DECODERS:
-        spec: EncoderDecoderSpec = ENCODER_DECODERS[config.model_type].spec(config, rope_override)
-        return _load_encoder_decoder(model_path, config, spec, dtype, device, group, progress)
-    recipe = _recipe(config, rope_override)
-    recipe.check_group(group.world_size)
+        # Imported here: transformers' modeling code takes seconds that models of ours need not spend.
+        from tgi_shard.models import transformers_fallback
+
+        recipe = transformers_fallback.recipe(config, dtype, rope_override, trust_remote_code)
+    else:
+        recipe = _recipe(model_path, config, rope_override)
+    recipe.check(group)
     with Checkpoint.open(model_path) as checkpoint:
         chosen = _dtype(dtype, config, checkpoint)
-        weights = Weights(checkpoint, chosen, device, progress)
-        model = recipe.load(weights, group)
-        _warn_of_unread(weights, f"{recipe.head}.weight")
-    return LoadedModel(model, config.model_type, recipe.vocab_size, recipe.max_positions, chosen)
-
-
-def _load_encoder_decoder(
-    model_path: Path,
-    config: HFConfig,
-    spec: EncoderDecoderSpec,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    group: Group,
-    progress: Callable[[int, int], None] | None,
-) -> LoadedModel:
-    encoder_decoder_weights.check(spec, group.world_size)
-    start_token_id = model_folder.decoder_start_token_id(model_path)
-    if start_token_id is None:
-        raise UnsupportedModel(
-            f"neither generation_config.json nor config.json in {model_path} names a decoder_start_token_id"
-        )
-    with Checkpoint.open(model_path) as checkpoint:
-        chosen = _dtype(dtype, config, checkpoint)
-        if chosen == torch.float16 and spec.overflows_float16:
+        if chosen in recipe.refused_dtypes:
             raise UnsupportedModel(
-                f"{config.model_type} models leave the range of float16; use bfloat16 or float32"
+                f"{config.model_type} models leave the range of {str(chosen).removeprefix('torch.')}; "
+                "use bfloat16 or float32"
             )
         weights = Weights(checkpoint, chosen, device, progress)
-        model = encoder_decoder_weights.load(spec, 1, weights, group)
-        _warn_of_unread(
-            weights,
-            *(
-                f"{prefix}{stack}.embed_tokens.weight"
-                for prefix in ("", "model.")
-                for stack in ("encoder", "decoder")
-            ),
-        )
+        model = recipe.load(weights, group)
+        _warn_of_unread(weights, recipe.copies)
     return LoadedModel(
-        model, config.model_type, spec.vocab_size, spec.max_positions, chosen, (start_token_id,)
+        model,
+        config.model_type,
+        recipe.vocab_size,
+        recipe.max_positions,
+        chosen,
+        recipe.decoder_start_token_ids,
     )
 
 
-def _warn_of_unread(weights: Weights, *copies: str) -> None:
-    """Once all is read. copies: tensors that may be there, and say nothing new."""
+def _warn_of_unread(weights: Weights, copies: tuple[str, ...]) -> None:
+    """Once all is read."""
     unread = [name for name in weights.finish() if name not in copies and not _NO_WEIGHTS.search(name)]
     if unread:
         log.warning("%d tensors of the checkpoint are not used: %s ...", len(unread), ", ".join(unread[:8]))
-
-
-def _load_through_transformers(
-    model_path: Path,
-    config: HFConfig,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    group: Group,
-    rope_override: RopeOverride | None,
-    trust_remote_code: bool,
-    progress: Callable[[int, int], None] | None,
-) -> LoadedModel:
-    # Imported here: transformers' modeling code takes seconds that models with a page of ours need not spend.
-    from tgi_shard.models import transformers_fallback
-
-    likely = dtype or config.dtype or torch.float32  # refused before the weights are so much as opened
-    prepared = transformers_fallback.prepare(config, likely, group, rope_override, trust_remote_code)
-    log.info("%s models have no page of ours: this one runs by transformers' own code", config.model_type)
-    with Checkpoint.open(model_path) as checkpoint:
-        chosen = _dtype(dtype, config, checkpoint)
-        if chosen != likely:  # neither the user nor the config names one
-            prepared = transformers_fallback.prepare(config, chosen, group, rope_override, trust_remote_code)
-        weights = Weights(checkpoint, chosen, device, progress)
-        model = transformers_fallback.load(prepared, weights, group)
-        _warn_of_unread(weights, "lm_head.weight")
-    longest = getattr(config, "max_position_embeddings", None) or 0
-    return LoadedModel(model, config.model_type, config.vocab_size, longest, chosen)
 
 
 def _read_config(model_path: Path, trust_remote_code: bool) -> HFConfig:
@@ -245,15 +193,17 @@ def _read_config(model_path: Path, trust_remote_code: bool) -> HFConfig:
         ) from error
 
 
-def _recipe(config: HFConfig, rope_override: RopeOverride | None) -> Recipe:
+def _recipe(model_path: Path, config: HFConfig, rope_override: RopeOverride | None) -> Recipe:
     if config.model_type in RECURRENT:
         return _recurrent(config, rope_override)
+    if config.model_type in ENCODER_DECODERS:
+        return _encoder_decoder(model_path, config, rope_override)
     spec = _spec(config, rope_override)
     return Recipe(
         vocab_size=spec.dims.vocab_size,
         max_positions=spec.dims.max_positions,
-        head=spec.names.head,
-        check_group=partial(decoder_weights.check_group, spec),
+        copies=(f"{spec.names.head}.weight",),
+        check=partial(decoder_weights.check, spec),
         load=partial(decoder_weights.load, spec),
     )
 
@@ -267,9 +217,27 @@ def _recurrent(config: HFConfig, rope_override: RopeOverride | None) -> Recipe:
     return Recipe(
         vocab_size=config.vocab_size,
         max_positions=0,
-        head=backbone.HEAD,
-        check_group=spec.check_group,
+        copies=(f"{backbone.HEAD}.weight",),
+        check=spec.check,
         load=spec.load,
+    )
+
+
+def _encoder_decoder(model_path: Path, config: HFConfig, rope_override: RopeOverride | None) -> Recipe:
+    spec: EncoderDecoderSpec = ENCODER_DECODERS[config.model_type].spec(config, rope_override)
+    start_token_id = model_folder.decoder_start_token_id(model_path)
+    if start_token_id is None:
+        raise UnsupportedModel(
+            f"neither generation_config.json nor config.json in {model_path} names a decoder_start_token_id"
+        )
+    return Recipe(
+        vocab_size=spec.vocab_size,
+        max_positions=spec.max_positions,
+        copies=encoder_decoder_weights.COPIES,
+        check=partial(encoder_decoder_weights.check, spec),
+        load=partial(encoder_decoder_weights.load, spec, 1),
+        refused_dtypes=(torch.float16,) if spec.overflows_float16 else (),
+        decoder_start_token_ids=(start_token_id,),
     )
 
 

@@ -8,7 +8,9 @@ A step's tokens are one sequence of a batch of one to the model; whose they are 
 (`paged`). So all that a layer computes across tokens must go through attention.
 """
 
+import logging
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]  # it has no types
@@ -20,11 +22,14 @@ from tgi_shard.attention.reference import ReferenceAttention
 from tgi_shard.distributed import Group
 from tgi_shard.kv_cache import KVCache, KVShape
 from tgi_shard.models.fallback import paged, parallel, probe, tensors
+from tgi_shard.models.recipe import Recipe
 from tgi_shard.models.rope_override import RopeOverride
 from tgi_shard.models.spec import HFConfig, UnsupportedModel
 from tgi_shard.step import StepInputs
 from tgi_shard.weights.checkpoint import CheckpointError
 from tgi_shard.weights.loading import Weights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,29 @@ class TransformersModel:
         return (logits if self.picks_logits else logits.index_select(0, inputs.logit_indices)).float()
 
 
+def recipe(
+    config: HFConfig, dtype: torch.dtype | None, rope_override: RopeOverride | None, trust_remote_code: bool
+) -> Recipe:
+    """dtype: None if nobody asks for one. Raises UnsupportedModel."""
+    _check(config, rope_override)
+    prepared = cache(partial(prepare, config, trust_remote_code))
+
+    def check(group: Group) -> None:
+        prepared(group, dtype or config.dtype or torch.float32)
+
+    def load_prepared(weights: Weights, group: Group) -> TransformersModel:
+        log.info("%s models have no page of ours: this one runs by transformers' own code", config.model_type)
+        return load(prepared(group, weights.dtype), weights, group)
+
+    return Recipe(
+        vocab_size=config.vocab_size,
+        max_positions=getattr(config, "max_position_embeddings", None) or 0,
+        copies=("lm_head.weight",),
+        check=check,
+        load=load_prepared,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A model that can run, on the meta device."""
@@ -58,15 +86,8 @@ class Prepared:
     calls: tuple[paged.Call, ...]
 
 
-def prepare(
-    config: HFConfig,
-    dtype: torch.dtype,
-    group: Group,
-    rope_override: RopeOverride | None,
-    trust_remote_code: bool,
-) -> Prepared:
+def prepare(config: HFConfig, trust_remote_code: bool, group: Group, dtype: torch.dtype) -> Prepared:
     """Raises UnsupportedModel."""
-    _check(config, rope_override)
     try:
         with init_empty_weights(include_buffers=False):
             module = AutoModelForCausalLM.from_config(

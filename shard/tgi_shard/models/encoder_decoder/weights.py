@@ -31,9 +31,14 @@ from tgi_shard.models.spec import UnsupportedModel
 from tgi_shard.quantization.dense import Dense
 from tgi_shard.weights.loading import Weights
 
+# The embedding once more.
+COPIES = tuple(
+    f"{prefix}{stack}.embed_tokens.weight" for prefix in ("", "model.") for stack in ("encoder", "decoder")
+)
 
-def check(spec: EncoderDecoderSpec, world_size: int) -> None:
-    """Raise UnsupportedModel unless that many ranks can share the model evenly."""
+
+def check(spec: EncoderDecoderSpec, group: Group) -> None:
+    """Raise UnsupportedModel unless the group's ranks can share the model evenly."""
     if spec.activation not in ACTIVATIONS:
         raise UnsupportedModel(f"activation {spec.activation!r} is not supported")
     if spec.encoder.num_heads != spec.decoder.num_heads:
@@ -43,9 +48,9 @@ def check(spec: EncoderDecoderSpec, world_size: int) -> None:
         )
     for stack in (spec.encoder, spec.decoder):
         for what, size in (("attention heads", stack.num_heads), ("MLP features", stack.intermediate_size)):
-            if size % world_size:
+            if size % group.world_size:
                 raise UnsupportedModel(
-                    f"the model's {size} {what} cannot be divided evenly among {world_size} shards"
+                    f"the model's {size} {what} cannot be divided evenly among {group.world_size} shards"
                 )
 
 

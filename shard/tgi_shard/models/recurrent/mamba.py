@@ -37,11 +37,12 @@ class MambaSpec:
     has_conv_bias: bool
     inner_norm_eps: float | None  # None: the step, B and C are taken as they come
 
-    def check_group(self, world_size: int) -> None:
-        """Raise UnsupportedModel unless that many ranks can share the model evenly."""
-        if self.num_channels % world_size:
+    def check(self, group: Group) -> None:
+        """Raise UnsupportedModel unless the group's ranks can share the model evenly."""
+        if self.num_channels % group.world_size:
             raise UnsupportedModel(
-                f"the model's {self.num_channels} channels cannot be divided evenly among {world_size} shards"
+                f"the model's {self.num_channels} channels cannot be divided evenly among "
+                f"{group.world_size} shards"
             )
 
     def load(self, weights: Weights, group: Group) -> RecurrentModel:

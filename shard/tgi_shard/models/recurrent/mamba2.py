@@ -42,16 +42,16 @@ class Mamba2Spec:
     def num_channels(self) -> int:
         return self.num_heads * self.head_dim
 
-    def check_group(self, world_size: int) -> None:
-        """Raise UnsupportedModel unless that many ranks can share the model evenly."""
-        if self.num_heads % world_size:
+    def check(self, group: Group) -> None:
+        """Raise UnsupportedModel unless the group's ranks can share the model evenly."""
+        if self.num_heads % group.world_size:
             raise UnsupportedModel(
-                f"the model's {self.num_heads} heads cannot be divided evenly among {world_size} shards"
+                f"the model's {self.num_heads} heads cannot be divided evenly among {group.world_size} shards"
             )
-        if self.num_groups > 1 and self.num_groups % world_size:
+        if self.num_groups > 1 and self.num_groups % group.world_size:
             raise UnsupportedModel(
-                f"the model's {self.num_groups} groups of heads cannot be divided evenly among {world_size} "
-                "shards"
+                f"the model's {self.num_groups} groups of heads cannot be divided evenly among "
+                f"{group.world_size} shards"
             )
 
     def local_groups(self, world_size: int) -> int:
