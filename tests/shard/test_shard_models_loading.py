@@ -225,6 +225,13 @@ def test_progress_grows_to_all_bytes(llama: Path) -> None:
     assert reports[-1] == (total, total)
 
 
+def test_what_another_rank_reads_is_no_surplus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_models.save("gpt2", tmp_path)
+    for rank in range(2):
+        load(tmp_path, group=Group(rank, 2))
+    assert "not used" not in caplog.text
+
+
 def test_tensors_that_nobody_reads_are_named(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit_weights(llama, **{"model.layers.0.self_attn.q_proj.bias": torch.ones(64)})
     load(llama)

@@ -75,8 +75,12 @@ def row_parallel(
             ranges[part.in_axis] = _scaled(start, start + local, shape[part.in_axis], in_features)
         tensors[part.name] = weights.read(f"{module}.{part.name}", shape, ranges)
     bias = None
-    if has_bias and group.rank == 0:  # the outputs are summed, so one rank alone adds it
-        bias = weights.read(f"{module}.bias", (out_features,))
+    if has_bias:  # the outputs are summed, so one rank alone adds it
+        bias_name = f"{module}.bias"
+        if group.rank == 0:
+            bias = weights.read(bias_name, (out_features,))
+        else:
+            weights.leave_to_another_rank(bias_name)
     return Linear(method, method.prepare(tensors), bias, group if is_summed else SINGLE)
 
 

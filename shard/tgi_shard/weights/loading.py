@@ -84,6 +84,9 @@ class Weights:
         self._count(name)
         return part
 
+    def leave_to_another_rank(self, name: str) -> None:
+        self._count(name)
+
     def finish(self) -> list[str]:
         """Report all bytes as done; returns the names that nobody read, sorted."""
         if self.progress is not None:
