@@ -8,11 +8,11 @@ tokens that it allows.
 """
 
 import asyncio
-import hashlib
+import functools
 import time
 from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 
 import grpc
 from grpc import aio
@@ -22,35 +22,47 @@ from tgi_proto import generate_pb2_grpc as pb_grpc
 
 
 def extend_digest(digest: int, token_id: int) -> int:
-    data = digest.to_bytes(8, "little") + token_id.to_bytes(4, "little")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return hash((digest, token_id))  # of integers: the same in every process
 
 
-def digests(token_ids: list[int]) -> list[int]:
-    """Digest of each prefix, the last one of all tokens."""
-    out, digest = [], 0
-    for token_id in token_ids:
-        digest = extend_digest(digest, token_id)
-        out.append(digest)
-    return out
+def digest_of(token_ids: Iterable[int]) -> int:
+    return functools.reduce(extend_digest, token_ids, 0)
 
 
 def next_token(token_ids: list[int], vocab_size: int, mask: bytes | None = None) -> int:
-    digest = digests(token_ids)[-1]
+    return next_token_after(digest_of(token_ids), vocab_size, mask)
+
+
+def next_token_after(digest: int, vocab_size: int, mask: bytes | None = None) -> int:
+    """digest: of all tokens so far."""
     if mask is None:
         return digest % vocab_size
     allowed = [token_id for token_id in range(vocab_size) if mask[token_id // 8] >> token_id % 8 & 1]
     return allowed[digest % len(allowed)]
 
 
-@dataclass
 class ScriptedSequence:
-    token_ids: list[int]
-    num_prompt_tokens: int
-    prompt_logprobs: bool
-    top_n_tokens: int
-    num_computed: int
-    block_ids: list[int] = field(default_factory=list)
+    def __init__(
+        self,
+        token_ids: Iterable[int],
+        num_prompt_tokens: int,
+        prompt_logprobs: bool,
+        top_n_tokens: int,
+        num_computed: int,
+    ) -> None:
+        self.token_ids: list[int] = []
+        self.digests: list[int] = []  # of each prefix; the last one of all tokens
+        self.num_prompt_tokens = num_prompt_tokens
+        self.prompt_logprobs = prompt_logprobs
+        self.top_n_tokens = top_n_tokens
+        self.num_computed = num_computed
+        self.block_ids: list[int] = []
+        for token_id in token_ids:
+            self.append(token_id)
+
+    def append(self, token_id: int) -> None:
+        self.digests.append(extend_digest(self.digests[-1] if self.digests else 0, token_id))
+        self.token_ids.append(token_id)
 
 
 @dataclass
@@ -132,12 +144,12 @@ class ScriptedShard:
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
         assert end <= len(sequence.token_ids)
         assert end <= len(sequence.block_ids) * self.block_size
-        content = digests(sequence.token_ids[:end])
+        written = sequence.block_ids[start // self.block_size : (end - 1) // self.block_size + 1]
+        for other_id, other in self.sequences.items():
+            if other_id != sequence_id:
+                assert not set(written).intersection(other.block_ids), "a shared block is written"
         for position in range(start, end):
-            block_id = sequence.block_ids[position // self.block_size]
-            for other_id, other in self.sequences.items():
-                assert other_id == sequence_id or block_id not in other.block_ids, "a shared block is written"
-            self.kv[self._slot(sequence, position)] = content[position]
+            self.kv[self._slot(sequence, position)] = sequence.digests[position]
         sequence.num_computed = end
         if sequence.prompt_logprobs and start < sequence.num_prompt_tokens:
             first, last = max(start, 1), min(end, sequence.num_prompt_tokens)
@@ -151,13 +163,15 @@ class ScriptedShard:
         if end < len(sequence.token_ids):
             return
         for position in range(end):  # "attention": everything before must be there
-            assert self.kv[self._slot(sequence, position)] == content[position], "stale KV was read"
+            slot = self._slot(sequence, position)
+            assert self.kv[slot] == sequence.digests[position], "stale KV was read"
         num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
         if num_output < len(self.script):
             token_id = self.script[num_output]
         else:
-            token_id = next_token(sequence.token_ids, self.vocab_size, self.masks.get(sequence_id))
-        sequence.token_ids.append(token_id)
+            mask = self.masks.get(sequence_id)
+            token_id = next_token_after(sequence.digests[-1], self.vocab_size, mask)
+        sequence.append(token_id)
         result.sequence_ids.append(sequence_id)
         result.token_ids.append(token_id)
         result.logprobs.append(-0.5)
