@@ -34,7 +34,8 @@ MAX_TOTAL_TOKENS = 48
 POISON = 150  # the token that kills the shards, where poison is among the faults
 MAX_TOKENS_IN_MEMORY = 24  # in one step, where memory is short: chunks of 16 and seven decodes fit
 MAX_LOSSES_BY_ONE = 4  # two to notice, two to prove
-MIN_LOSSES_TO_BLAME = 3  # kills from outside that meet a sequence so often may be laid at its door
+MIN_LOSSES_TO_BLAME = 3  # a sequence that was there so often may be blamed for kills from outside …
+MIN_KILLS_ALONE_TO_BLAME = 2  # … if so many of them met it alone
 LONGEST_SCHEDULE_S = 3600.0  # of simulated time: who is not served by then has starved
 
 
@@ -80,7 +81,8 @@ class SimulatedGroup:
         self.shard = shard
         self.num_not_finite: Counter[int] = Counter()  # by sequence that was told to have failed
         self.check: Callable[[], None] = lambda: None  # after every event
-        self.num_crashes_near: Counter[int] = Counter()  # from outside, by the sequences that were there
+        self.num_losses_near: Counter[int] = Counter()  # of any kind, by the sequences that were there
+        self.num_kills_alone: Counter[int] = Counter()  # from outside, by the sequence that was alone there
         self.poisonous: set[int] = set()  # sequences that killed the shards
         self.num_poisonings = 0
         self.num_out_of_memory = 0
@@ -152,23 +154,18 @@ class SimulatedStream:
             plan = pb.RunRequest.FromString(await self._plans.get()).plan
             await asyncio.sleep(30.0 if rng.random() < group.faults.stall else rng.uniform(0.001, 0.05))
             if rng.random() < group.faults.crash:
-                while True:
-                    group.num_crashes_near.update(plan.run_sequence_ids)
-                    if self._plans.empty():
-                        break
-                    plan = pb.RunRequest.FromString(self._plans.get_nowait()).plan
-                self._lose("crashed")
+                self._lose("crashed", plan)
                 return
             is_large = sum(plan.run_num_tokens) > MAX_TOKENS_IN_MEMORY
             if is_large and rng.random() < group.faults.oom:
                 group.num_out_of_memory += 1
-                self._lose("out of memory", is_out_of_memory=True)
+                self._lose("out of memory", plan)
                 return
             result = group.shard.apply(plan)
             if group.faults.poison and (poisonous := group.poisonous_of(plan)):
                 group.poisonous.update(poisonous)
                 group.num_poisonings += 1
-                self._lose("poisoned")
+                self._lose("poisoned", plan)
                 return
             self._silent.difference_update(plan.drop_sequence_ids)
             for row in reversed(range(len(result.sequence_ids))):
@@ -181,8 +178,15 @@ class SimulatedStream:
             if rng.random() < 0.3:
                 await asyncio.sleep(0)  # the router may look now, or find two results at once
 
-    def _lose(self, reason: str, *, is_out_of_memory: bool = False) -> None:
-        self.lost = ShardsLost(reason, is_out_of_memory=is_out_of_memory)
+    def _lose(self, reason: str, plan: pb.StepPlan) -> None:
+        """plan: the one under way; those that wait behind it are lost as well."""
+        present = set(plan.run_sequence_ids)
+        while not self._plans.empty():
+            present.update(pb.RunRequest.FromString(self._plans.get_nowait()).plan.run_sequence_ids)
+        self._group.num_losses_near.update(present)
+        if reason == "crashed" and len(present) == 1:
+            self._group.num_kills_alone.update(present)
+        self.lost = ShardsLost(reason, is_out_of_memory=reason == "out of memory")
         self._wake()
 
     def _fail(self, result: pb.StepResult, row: int) -> None:
@@ -399,7 +403,10 @@ class Simulation:
         sequence_id = run._sequence_ids[answer]
         group = self.group
         is_guilty = sequence_id in group.poisonous
-        is_unlucky = group.num_crashes_near[sequence_id] >= MIN_LOSSES_TO_BLAME
+        is_unlucky = (
+            group.num_losses_near[sequence_id] >= MIN_LOSSES_TO_BLAME
+            and group.num_kills_alone[sequence_id] >= MIN_KILLS_ALONE_TO_BLAME
+        )
         if not isinstance(answer.error, GenerationFailed) or not (
             group.num_not_finite[sequence_id] > 1 or is_guilty or is_unlucky
         ):
