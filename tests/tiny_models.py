@@ -331,9 +331,12 @@ FALLBACK: dict[str, dict[str, Any]] = {
     | {"vocab_size": 263, "moe_num_experts": 6, "moe_k": 2, "moe_layer_start_index": 1},
 }
 # Of those, the ones that the tests put on two ranks.
-FALLBACK_ON_RANKS = ("apertus", "ernie4_5", "exaone", "helium", "nanochat", "nemotron", "vaultgemma")
+FALLBACK_ON_RANKS = (
+    *("apertus", "arcee", "cwm", "ernie4_5", "exaone", "helium", "jais2", "nanochat", "nemotron"),
+    *("seed_oss", "vaultgemma", "llama", "mistral", "gemma2", "cohere2", "gptj"),
+)
 # Those with a page that take the tests on that path too.
-BOTH_WAYS = ("llama", "gemma2", "cohere2", "gpt_oss", "qwen2_moe", "gptj")
+BOTH_WAYS = ("llama", "mistral", "gemma2", "cohere2", "gpt_oss", "qwen2_moe", "gptj")
 
 # Every family takes a short test; these, which have most traits between them, all the others too. `make
 # test-matrix` puts every family to every test.
