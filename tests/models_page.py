@@ -36,7 +36,7 @@ ship, its Llama with the same weights). Twelve tokens are generated after the pr
 | whole | the prompt in one step, then decodes |
 | chunked | the prompt in pieces that end within blocks, beside the decodes of another sequence |
 | batched | four prompts of 1 to 70 tokens in one step, then decoded together |
-| preempted | after four tokens another sequence takes its blocks; then it is computed anew beside two others |
+| preempted | after four tokens another sequence takes its blocks; it is computed anew beside two others |
 | prefix-cached | two of its blocks hold what a sequence that is still being answered has computed |
 
 At every generated token, in float32: all logits within 1e-4 of the oracle's (relative or absolute), the same
