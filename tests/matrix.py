@@ -47,7 +47,10 @@ def _through_transformers(model_types: tuple[str, ...]) -> dict[str, Case]:
     return {f"{name} through transformers": Case(name, {}, True) for name in model_types}
 
 
-_FAMILIES = {name: Case(name) for name in (*tiny_models.FAMILIES, *tiny_models.ENCODER_DECODERS)}
+_FAMILIES = {
+    name: Case(name)
+    for name in (*tiny_models.FAMILIES, *tiny_models.ENCODER_DECODERS, *tiny_models.WITH_IMAGES)
+}
 _VARIANTS = {
     name: Case(*of) for name, of in (tiny_models.VARIANTS | tiny_models.ENCODER_DECODER_VARIANTS).items()
 }
@@ -57,6 +60,7 @@ _CUT_OTHERWISE = (
     *("llama-one-kv-head", "llama-biases", "cohere-qk-norm", "stablelm-parallel", "opt-350m", "t5-gated"),
     *("olmo2-one-kv-head", "falcon-40b", "falcon-rw", "gpt_bigcode-many-kv-heads", "bloom-six-heads"),
     *("mamba2-one-group", "mamba-tied-biases", "baichuan-2-13b-six-heads", "gpt_oss-mxfp4"),
+    "deepseek_v3-fp8",
 )
 QUICK = {  # number of ranks -> what is put on them; on one rank the parity tests do more
     2: REPRESENTATIVES

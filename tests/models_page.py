@@ -53,6 +53,12 @@ Rope scalings: linear, dynamic, llama3, yarn, longrope. Dynamic and longrope tur
 position alone, as transformers does when it decodes token by token: a prefix of one sequence can then be
 shared by another.
 
+Of models that take images too ({with_images}) the text model is served; images are not available yet.
+
+Checkpoints in FP8 with a scale for each block of a weight, as DeepSeek V3 is published (`quant_method` `fp8`
+with a `weight_block_size`), are dequantized as they are read, like MXFP4: they then take the memory of the
+model's dtype.
+
 | family (`model_type`) | traits | variants tested |
 |---|---|---|
 """
@@ -120,6 +126,7 @@ _RECURRENT = {
 
 
 def page() -> str:
+    head = _HEAD.format(with_images=", ".join(f"`{name}`" for name in sorted(tiny_models.WITH_IMAGES)))
     decoders = "".join(_row(model_type) for model_type in sorted(tiny_models.DECODERS))
     recurrent = "".join(_recurrent_row(model_type) for model_type in sorted(tiny_models.RECURRENT))
     modules = dict.fromkeys(registry.ENCODER_DECODERS.values())
@@ -127,7 +134,7 @@ def page() -> str:
     fallback = "".join(map(_fallback_row, (*sorted(tiny_models.FALLBACK), *sorted(tiny_models.BOTH_WAYS))))
     return "".join(
         (
-            *(_HEAD, decoders, _RECURRENT_HEAD, recurrent, _ENCODER_DECODER_HEAD, encoder_decoders),
+            *(head, decoders, _RECURRENT_HEAD, recurrent, _ENCODER_DECODER_HEAD, encoder_decoders),
             *(_FALLBACK, fallback),
         )
     )

@@ -16,7 +16,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    FineGrainedFP8Config,
     GenerationConfig,
     Mxfp4Config,
     PreTrainedConfig,
@@ -296,6 +298,29 @@ _CONFIGS["mamba2"] = {
     "num_hidden_layers": 3,
     "chunk_size": 16,
 }
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+# Models that take images too: the family of their text model, and what else is in their config.
+WITH_IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {"vision_config": _VISION}),
+    "llama4": (
+        "llama4_text",
+        {
+            "vision_config": _VISION
+            | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        },
+    ),
+    "mistral3": (
+        "mistral",
+        {"vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16}, "tie_word_embeddings": False},
+    ),
+}
 RECURRENT = ("mamba", "falcon_mamba", "mamba2")
 FAMILIES = DECODERS + RECURRENT
 
@@ -355,6 +380,7 @@ LONGROPE = {
     "long_factor": [2.0 + i for i in range(8)],
     "original_max_position_embeddings": 30,
 }
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 8]}
 # Other settings of a family: name -> (model_type, fields of its config).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba-tied-biases": ("mamba", {"tie_word_embeddings": True, "use_bias": True, "use_conv_bias": False}),
@@ -496,6 +522,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": ROPE | YARN | {"mscale": 1.0, "mscale_all_dim": 1.3},
         },
     ),
+    "deepseek_v3-fp8": (
+        "deepseek_v3",
+        {"q_lora_rank": 32, "kv_lora_rank": 24, "quantization_config": FP8},
+    ),
+    "qwen3-fp8": ("qwen3", {"quantization_config": FP8}),
     "llama4_text-two-experts": (
         "llama4_text",
         {
@@ -545,6 +576,10 @@ def _config(model_type: str, dtype: torch.dtype, overrides: dict[str, Any]) -> P
             | {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
             | overrides,
         )
+    if model_type in WITH_IMAGES:
+        text, fields = WITH_IMAGES[model_type]
+        described = _config(text, dtype, overrides).to_dict()
+        return AutoConfig.for_model(model_type, dtype=dtype, text_config=described, **fields)
     spread = "init_std" if model_type == "opt" else "initializer_range"
     special = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
     fields = {spread: 0.2} | (_CONFIGS | FALLBACK)[model_type] | special | overrides
@@ -572,10 +607,11 @@ def save(
         if is_baichuan:
             model = baichuan_oracle.new(config)
         else:
-            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model = auto.from_config(config, dtype=torch.float32)
+            model = _auto(config).from_config(config, dtype=torch.float32)
         _roughen(model)
-    model.to(dtype)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # Llama 4's images have complex ones
+            tensor.data = tensor.data.to(dtype)
     described = GenerationConfig(
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
@@ -589,33 +625,43 @@ def save(
         model.generation_config = described
         model.save_pretrained(path, max_shard_size=max_shard_size)
     if quantization is not None:
-        _pack_experts(path, seed, quantization)
-    save_tokenizer(path, vocab_size=config.vocab_size, adds_bos=model_type in _ADDS_BOS)
+        _PACK[quantization["quant_method"]](path, seed, quantization)
+    save_tokenizer(path, vocab_size=config.get_text_config().vocab_size, adds_bos=model_type in _ADDS_BOS)
     return path
+
+
+def _auto(config: PreTrainedConfig) -> Any:
+    if config.model_type in WITH_IMAGES:
+        return AutoModelForImageTextToText
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def oracle(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """transformers' model. Its fused attention leaves soft-caps and sinks out: those take the plain one."""
-    model_type = AutoConfig.from_pretrained(checkpoint).model_type
+    config = AutoConfig.from_pretrained(checkpoint)
+    model_type = config.model_type
     if model_type == "baichuan":
         return baichuan_oracle.load(checkpoint, dtype)
-    if model_type in ENCODER_DECODERS:
-        return AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=dtype)
-    is_plain = model_type in ("gemma2", "gemma3_text", "gpt_oss", "vaultgemma")
-    is_packed = "quantization_config" in json.loads((checkpoint / "config.json").read_text())
-    return AutoModelForCausalLM.from_pretrained(
+    is_plain = model_type in ("gemma2", "gemma3", "gemma3_text", "gpt_oss", "vaultgemma")
+    quantization = json.loads((checkpoint / "config.json").read_text()).get("quantization_config")
+    dequantize: dict[str, Any] = {}
+    if quantization is not None:
+        how = Mxfp4Config if quantization["quant_method"] == "mxfp4" else FineGrainedFP8Config
+        dequantize = {"quantization_config": how(dequantize=True)}
+    model = _auto(config).from_pretrained(
         checkpoint,
         dtype=dtype,
         attn_implementation="eager" if is_plain else None,
-        **({"quantization_config": Mxfp4Config(dequantize=True)} if is_packed else {}),
+        **dequantize,
     )
+    # Without an image its own forward fails in transformers 5.24: it asks its text model for image outputs.
+    return model.language_model if model_type == "llama4" else model
 
 
-def _pack_experts(path: Path, seed: int, quantization: dict[str, Any]) -> None:
+def _pack_mxfp4(path: Path, seed: int, quantization: dict[str, Any]) -> None:
     """Random MXFP4 blocks and scales in place of the experts' weights, as gpt-oss is published."""
     draw = torch.Generator().manual_seed(seed)
-    file = path / "model.safetensors"
-    tensors = load_file(file)
+    tensors = load_file(path / "model.safetensors")
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         num_experts, in_features, out_features = tensors.pop(name).shape
         shape = (num_experts, out_features, in_features // 32)
@@ -623,7 +669,28 @@ def _pack_experts(path: Path, seed: int, quantization: dict[str, Any]) -> None:
             f"{name}_blocks": torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=draw),
             f"{name}_scales": torch.randint(120, 126, shape, dtype=torch.uint8, generator=draw),
         }
-    save_file(tensors, file, metadata={"format": "pt"})
+    _save_packed(path, tensors, quantization)
+
+
+def _pack_fp8(path: Path, seed: int, quantization: dict[str, Any]) -> None:
+    """The linears of the layers in FP8 with a random scale for each block, as DeepSeek V3 is published."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight") or "_proj_with" in name]:
+        grid = [
+            -(-size // of_block)
+            for size, of_block in zip(tensors[name].shape, quantization["weight_block_size"], strict=True)
+        ]
+        tensors[name] = (tensors[name].float() * 100).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.rand(grid, generator=draw) * 0.015 + 0.005
+    _save_packed(path, tensors, quantization)
+
+
+_PACK = {"mxfp4": _pack_mxfp4, "fp8": _pack_fp8}
+
+
+def _save_packed(path: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> None:
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     described = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(described | {"quantization_config": quantization}))
 

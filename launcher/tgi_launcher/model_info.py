@@ -72,10 +72,14 @@ def read(config: Any) -> ModelInfo:
     """Raises NoConfig where a field holds something of another type than it must."""
     if not isinstance(config, dict):
         raise NoConfig(f"config.json holds no object but {type(config).__name__}")
+    is_vision = "vision_config" in config
+    whole_type, text = _text(config, "model_type"), config.get("text_config")
+    if isinstance(text, dict):
+        config = config | text
     hidden_size = _whole(config, "hidden_size", "n_embd")
     num_heads = _whole(config, "num_attention_heads", "n_head")
     return ModelInfo(
-        model_type=_text(config, "model_type"),
+        model_type=whole_type,
         # An encoder-decoder's n_positions limits no step: T5 has relative positions.
         max_position_embeddings=None
         if config.get("is_encoder_decoder")
@@ -85,20 +89,22 @@ def read(config: Any) -> ModelInfo:
         num_heads=num_heads,
         num_kv_heads=_whole(config, "num_key_value_heads") or num_heads,
         num_layers=_whole(config, "num_hidden_layers", "n_layer"),
-        head_dim=_head_dim(config, hidden_size, num_heads),
+        head_dim=_head_dim(config, whole_type, hidden_size, num_heads),
         vocab_size=_whole(config, "vocab_size"),
         quant_method=_text(config.get("quantization_config") or {}, "quant_method"),
-        is_vision="vision_config" in config,
+        is_vision=is_vision,
         num_experts_per_token=_whole(config, "num_experts_per_tok") or 1,
         num_shared_experts=_whole(config, "n_shared_experts") or 0,
         num_experts=_whole(config, "num_local_experts") or 1,
     )
 
 
-def _head_dim(config: dict[str, Any], hidden_size: int | None, num_heads: int | None) -> int | None:
-    if head_dim := _whole(config, "head_dim") or _whole(config.get("text_config") or {}, "head_dim"):
+def _head_dim(
+    config: dict[str, Any], model_type: str | None, hidden_size: int | None, num_heads: int | None
+) -> int | None:
+    if head_dim := _whole(config, "head_dim"):
         return head_dim
-    if config.get("model_type") == "gemma3":
+    if model_type == "gemma3":
         return 256
     if hidden_size and num_heads and hidden_size % num_heads == 0:
         return hidden_size // num_heads

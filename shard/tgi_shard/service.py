@@ -399,7 +399,8 @@ def eos_token_ids(model_path: Path) -> list[int]:
     if generation_config.is_file():
         named = json.loads(generation_config.read_text()).get("eos_token_id")
     if named is None:
-        named = read_config(model_path).get("eos_token_id")
+        config = read_config(model_path)
+        named = config.get("eos_token_id") or (config.get("text_config") or {}).get("eos_token_id")
     if named is None:
         return []
     return [named] if isinstance(named, int) else list(named)

@@ -464,6 +464,12 @@ def test_config_fields_have_several_names() -> None:
     assert (gpt2.head_dim, gpt2.num_kv_heads, gpt2.max_position_embeddings) == (64, 12, 1024)
     assert read({"text_config": {"head_dim": 80}}).head_dim == 80
     assert read({"model_type": "gemma3"}).head_dim == 256
+    gemma3 = read(
+        {"model_type": "gemma3", "vision_config": {"hidden_size": 9}}
+        | {"text_config": {"model_type": "gemma3_text", "hidden_size": 7, "max_position_embeddings": 11}}
+    )
+    assert (gemma3.model_type, gemma3.is_vision) == ("gemma3", True)
+    assert (gemma3.hidden_size, gemma3.max_position_embeddings) == (7, 11)
     for broken in ([], {"hidden_size": "768"}, {"quantization_config": {"quant_method": 4}}):
         with pytest.raises(NoConfig):
             read(broken)

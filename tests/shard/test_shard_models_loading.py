@@ -18,8 +18,9 @@ from tgi_shard.model_folder import ModelError
 from tgi_shard.models.registry import LoadedModel, UnsupportedModel, load_model
 from tgi_shard.models.rope_override import RopeOverride
 from tgi_shard.models.spec import read_rope
-from tgi_shard.weights import mxfp4
-from tgi_shard.weights.checkpoint import CheckpointError
+from tgi_shard.weights import block_fp8, mxfp4
+from tgi_shard.weights.checkpoint import Checkpoint, CheckpointError
+from tgi_shard.weights.loading import Weights
 
 
 def load(path: Path, **options: Any) -> LoadedModel:
@@ -255,6 +256,29 @@ def test_mxfp4_equals_transformers_dequantisation() -> None:
     scales = exponents.repeat(16, 1)
     theirs = convert_moe_packed_tensors(blocks.unsqueeze(0), scales.unsqueeze(0), dtype=torch.float32)
     assert torch.equal(mxfp4.dequantize(blocks, scales), theirs.squeeze(0).t())
+
+
+@pytest.mark.parametrize("block", [(8, 16), (32, 5), (1, 1)])
+def test_fp8_blocks_that_a_cut_goes_through(block: tuple[int, int], tmp_path: Path) -> None:
+    shape, draw = (20, 28), torch.Generator().manual_seed(0)
+    grid = [-(-size // of_block) for size, of_block in zip(shape, block, strict=True)]
+    stored = torch.randn(shape, generator=draw).to(torch.float8_e4m3fn)
+    scales = torch.rand(grid, generator=draw) + 0.5
+    save_file({"a.weight": stored, "a.weight_scale_inv": scales}, tmp_path / "model.safetensors")
+    whole = stored.float() * torch.kron(scales, torch.ones(block))[: shape[0], : shape[1]]
+    with Checkpoint.open(tmp_path) as checkpoint:
+        packed = {**block_fp8.find(checkpoint, block)}
+        weights = Weights(checkpoint, torch.float32, torch.device("cpu"), packed=packed)
+        for rows, columns in (((0, 20), (0, 28)), ((3, 9), (15, 28)), ((19, 20), (0, 1)), ((5, 5), (2, 7))):
+            part = weights.read("a.weight", shape, {0: rows, 1: columns})
+            assert torch.equal(part, whole[slice(*rows), slice(*columns)])
+        assert weights.finish() == []
+
+
+def test_fp8_without_blocks_is_refused(llama: Path) -> None:
+    edit_config(without_weights(llama), quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UnsupportedModel, match="fp8 checkpoints without a weight_block_size"):
+        load(llama)
 
 
 @pytest.mark.parametrize("head_dim", [16, 128])

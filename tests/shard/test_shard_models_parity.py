@@ -276,6 +276,34 @@ def test_a_bare_export_without_prefix(tmp_path: Path) -> None:
     _assert_same_after_prefill_and_decode(Pair(loaded, oracle))
 
 
+@pytest.mark.parametrize("model_type", tiny_models.WITH_IMAGES)
+@pytest.mark.parametrize("is_newer_order", [False, True], ids=["as published", "newer names"])
+def test_the_text_model_of_a_model_that_takes_images(
+    model_type: str, is_newer_order: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_models.save(model_type, tmp_path)
+    oracle = tiny_models.oracle(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert any(name.startswith(("vision_tower.", "vision_model.")) for name in tensors)
+    if is_newer_order:
+        renamed = {_newer_name(name): tensor for name, tensor in tensors.items()}
+        save_file(renamed, file, metadata={"format": "pt"})
+    caplog.set_level("INFO")
+    loaded = load_model(tmp_path, dtype=None, device=CPU, group=SINGLE)
+    assert loaded.model_type == tiny_models.WITH_IMAGES[model_type][0]
+    assert caplog.text.count("images are not available yet") == 1
+    assert "not used" not in caplog.text
+    _assert_same_after_prefill_and_decode(Pair(loaded, oracle))
+
+
+def _newer_name(name: str) -> str:
+    """As transformers has called it for a while."""
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    return f"model.{name.replace('language_model.model.', 'language_model.')}"
+
+
 def test_a_tied_head_that_the_checkpoint_holds_with_other_values(tmp_path: Path) -> None:
     tiny_models.save("qwen2", tmp_path, tie_word_embeddings=False)
     _rewrite_config(tmp_path, lambda config: config.update(tie_word_embeddings=True))

@@ -13,7 +13,7 @@ from tgi_shard.models import spec as specs
 from tgi_shard.models.part import Part, pieces
 from tgi_shard.quantization.dense import Dense
 from tgi_shard.weights.loading import Excerpt
-from tgi_shard.weights.mxfp4 import Packed
+from tgi_shard.weights.mxfp4 import MXFP4
 from tgi_shard.weights.names import Experts
 
 
@@ -71,7 +71,7 @@ def _load_moe(part: Part, moe: specs.MoE, names: Experts, prefix: str) -> MoE:
             )
         for module in (*names.mlp_in, names.mlp_out) if names.is_mxfp4 else ():
             name = prefix + module.format(expert=expert)
-            part.weights.packed[f"{name}.weight"] = Packed(f"{name}.blocks", f"{name}.scales")
+            part.weights.packed[f"{name}.weight"] = MXFP4(f"{name}.blocks", f"{name}.scales")
     experts = tuple(_load_expert(part, moe, names, prefix, expert) for expert in range(moe.num_experts))
     return MoE(
         router=_load_router(part, moe, prefix + names.router),

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from tgi_shard import model_folder
 from tgi_shard.distributed import Group
 from tgi_shard.layers.activation import ACTIVATIONS
-from tgi_shard.models import decoder_weights
+from tgi_shard.models import decoder_weights, text_part
 from tgi_shard.models.architectures import (
     baichuan,
     bloom,
@@ -72,8 +72,10 @@ from tgi_shard.models.recipe import Recipe
 from tgi_shard.models.recurrent import backbone, mamba, mamba2
 from tgi_shard.models.rope_override import RopeOverride
 from tgi_shard.models.spec import DecoderSpec, HFConfig, UnsupportedModel
+from tgi_shard.weights import block_fp8
 from tgi_shard.weights.checkpoint import Checkpoint
 from tgi_shard.weights.loading import Weights
+from tgi_shard.weights.packed import Packed
 
 __all__ = ["LoadedModel", "Model", "RopeOverride", "UnsupportedModel", "load_model"]
 
@@ -127,7 +129,11 @@ def load_model(
     Raises UnsupportedModel before any weight is read, CheckpointError where the weights are not what the
     config says; both are ModelErrors.
     """
-    config = _read_config(model_path, trust_remote_code)
+    config, rename = _read_config(model_path, trust_remote_code), None
+    if config.model_type in text_part.MODEL_TYPES:
+        whole_type, config, rename = config.model_type, text_part.config(config), text_part.name
+        log.info("The text model of this %s model is served; images are not available yet", whole_type)
+    _check_quantization(config)
     if through_transformers or config.model_type not in _OURS:
         # Imported here: transformers' modeling code takes seconds that models of ours need not spend.
         from tgi_shard.models import transformers_fallback
@@ -136,14 +142,14 @@ def load_model(
     else:
         recipe = _recipe(model_path, config, rope_override)
     recipe.check(group)
-    with Checkpoint.open(model_path) as checkpoint:
+    with Checkpoint.open(model_path, rename) as checkpoint:
         chosen = _dtype(dtype, config, checkpoint)
         if chosen in recipe.refused_dtypes:
             raise UnsupportedModel(
                 f"{config.model_type} models leave the range of {str(chosen).removeprefix('torch.')}; "
                 "use bfloat16 or float32"
             )
-        weights = Weights(checkpoint, chosen, device, progress)
+        weights = Weights(checkpoint, chosen, device, progress, packed=_packed(config, checkpoint))
         model = recipe.load(weights, group)
         _warn_of_unread(weights, recipe.copies)
     return LoadedModel(
@@ -174,12 +180,6 @@ def _read_config(model_path: Path, trust_remote_code: bool) -> HFConfig:
                 f"model type {model_type!r} comes with code of its own, which runs with "
                 "--trust-remote-code only"
             )
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method")
-        if method not in getattr(_OURS.get(model_type), "QUANTIZATIONS", ()):
-            raise UnsupportedModel(
-                f"checkpoints quantized with {method!r} are not supported yet for {model_type} models"
-            )
     try:
         return AutoConfig.from_pretrained(
             model_path,
@@ -191,6 +191,31 @@ def _read_config(model_path: Path, trust_remote_code: bool) -> HFConfig:
         raise UnsupportedModel(
             f"config.json in {model_path} is no valid {model_type} config: {error}"
         ) from error
+
+
+def _check_quantization(config: HFConfig) -> None:
+    """Raises UnsupportedModel."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method, model_type = quantization.get("quant_method"), config.model_type
+    by_default = ("fp8",) if model_type in BY_MODEL_TYPE else ()
+    if method not in getattr(_OURS.get(model_type), "QUANTIZATIONS", by_default):
+        raise UnsupportedModel(
+            f"checkpoints quantized with {method!r} are not supported yet for {model_type} models"
+        )
+    if method == "fp8" and not quantization.get("weight_block_size"):
+        raise UnsupportedModel("fp8 checkpoints without a weight_block_size are not supported yet")
+
+
+def _packed(config: HFConfig, checkpoint: Checkpoint) -> dict[str, Packed]:
+    """What is stored in another form wherever it stands; other forms are told by the names of a family."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None or quantization["quant_method"] != "fp8":
+        return {}
+    found = block_fp8.find(checkpoint, tuple(quantization["weight_block_size"]))
+    log.info("%d weights are stored in fp8: they are dequantized as they are read", len(found))
+    return {**found}
 
 
 def _recipe(model_path: Path, config: HFConfig, rope_override: RopeOverride | None) -> Recipe:
@@ -254,7 +279,8 @@ def _dtype(asked: torch.dtype | None, config: HFConfig, checkpoint: Checkpoint) 
     chosen = asked or config.dtype
     if chosen is None:
         stored = [checkpoint.dtype(name) for name in checkpoint]
-        chosen = max(set(stored), key=stored.count)
+        plain = [dtype for dtype in stored if dtype in _DTYPES] or stored
+        chosen = max(set(plain), key=plain.count)
     if chosen not in _DTYPES:
         raise UnsupportedModel(f"dtype {chosen} is not supported; use float32, bfloat16 or float16")
     return chosen

@@ -1,7 +1,7 @@
 """A folder of safetensors as one mapping from names to lazy tensors: nothing is read before it is sliced."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,12 @@ _DTYPES = {  # safetensors' names
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    file: Path
+    stored: str  # the tensor's name in it
+
+
 class CheckpointError(ModelError):
     """The weights on disk cannot be used; the message names the file or the tensor."""
 
@@ -38,14 +44,15 @@ class Checkpoint:
     """Open files and where each tensor lies. Use as a context manager: tensors are read while it is open."""
 
     path: Path
-    _files: dict[str, Path] = field(default_factory=dict)  # tensor name -> its file
+    rename: Callable[[str], str | None] | None = None  # what a tensor is called here; None: it is not wanted
+    _places: dict[str, _Place] = field(default_factory=dict)
     _open: dict[Path, Any] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
+    def open(cls, path: Path, rename: Callable[[str], str | None] | None = None) -> "Checkpoint":
         """Raises ModelError if there are no weights, or a file is missing, cut short or not safetensors."""
-        checkpoint = cls(path)
+        checkpoint = cls(path, rename)
         try:
             for name in weight_names(path, local_names(path), ".safetensors"):
                 checkpoint._add(path / name)
@@ -62,7 +69,10 @@ class Checkpoint:
         except (SafetensorError, OSError, RuntimeError) as error:  # the last: torch cannot map the file
             raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
         self._open[file] = handle
-        self._files |= dict.fromkeys(handle.keys(), file)
+        for stored in handle.keys():  # noqa: SIM118  it is no mapping
+            name = stored if self.rename is None else self.rename(stored)
+            if name is not None:
+                self._places[name] = _Place(file, stored)
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -75,10 +85,10 @@ class Checkpoint:
         self._open.clear()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
@@ -87,7 +97,7 @@ class Checkpoint:
         stored = self._slice(name).get_dtype()
         if stored not in _DTYPES:
             raise CheckpointError(
-                f"tensor {name} in {self._files[name]} has dtype {stored}, which torch does not know"
+                f"tensor {name} in {self._places[name].file} has dtype {stored}, which torch does not know"
             )
         return _DTYPES[stored]
 
@@ -106,9 +116,11 @@ class Checkpoint:
         try:
             return lazy[cut]
         except SafetensorError as error:
-            raise CheckpointError(f"tensor {name} in {self._files[name]} cannot be read: {error}") from error
+            where = self._places[name].file
+            raise CheckpointError(f"tensor {name} in {where} cannot be read: {error}") from error
 
     def _slice(self, name: str) -> Any:
-        if name not in self._files:
+        if name not in self._places:
             raise CheckpointError(f"tensor {name} is missing from the weights in {self.path}")
-        return self._open[self._files[name]].get_slice(name)
+        place = self._places[name]
+        return self._open[place.file].get_slice(place.stored)

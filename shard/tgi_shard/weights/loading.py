@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tgi_shard.weights import mxfp4
 from tgi_shard.weights.checkpoint import Checkpoint, CheckpointError
-from tgi_shard.weights.mxfp4 import Packed
+from tgi_shard.weights.packed import Packed, Ranges
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-Ranges = dict[int, tuple[int, int]]  # axis -> [start, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,7 @@ class Weights:
     device: torch.device
     progress: Progress | None = None
     excerpts: dict[str, Excerpt] = field(default_factory=dict)  # names that the checkpoint does not have
-    packed: dict[str, Packed] = field(default_factory=dict)  # others, dequantized as they are read
+    packed: dict[str, Packed] = field(default_factory=dict)  # names of what is dequantized as it is read
     _read: set[str] = field(default_factory=set)
     _bytes_done: int = 0
     _bytes_total: int = 0
@@ -95,46 +93,37 @@ class Weights:
 
     def _lazy(self, name: str, shape: tuple[int, ...], ranges: Ranges | None) -> Tensor:
         if name in self.packed:
-            return self._dequantized(self.packed[name], shape, ranges or {})
+            return self.packed[name].read(self._stored, shape, ranges or {}, self.device)
+        return self._stored(name, shape, ranges or {})
+
+    def _stored(self, name: str, shape: tuple[int, ...], ranges: Ranges) -> Tensor:
+        """As the checkpoint has it."""
         if name in self.excerpts:
-            return self._excerpt(self.excerpts[name], shape, ranges or {})
+            return self._excerpt(self.excerpts[name], shape, ranges)
         found = self.checkpoint.shape(name)
         if found != shape:
             raise CheckpointError(
                 f"tensor {name} has shape {list(found)}, but the config asks for {list(shape)}"
             )
-        return self.checkpoint.read(name, ranges or {})
+        return self.checkpoint.read(name, ranges)
 
     def _excerpt(self, excerpt: Excerpt, shape: tuple[int, ...], ranges: Ranges) -> Tensor:
         index, count = excerpt.index, excerpt.count
         if len(self.checkpoint.shape(excerpt.name)) == len(shape):
             start, stop = ranges.get(0, (0, shape[0]))
             first = index * shape[0]
-            return self._lazy(
+            return self._stored(
                 excerpt.name, (count * shape[0], *shape[1:]), ranges | {0: (first + start, first + stop)}
             )
         inner = {axis + 1: cut for axis, cut in ranges.items()}
-        return self._lazy(excerpt.name, (count, *shape), inner | {0: (index, index + 1)}).squeeze(0)
-
-    def _dequantized(self, packed: Packed, shape: tuple[int, ...], ranges: Ranges) -> Tensor:
-        """A cut may begin and end within groups: those are read whole."""
-        num_rows, num_columns = shape
-        rows, (start, stop) = ranges.get(0, (0, num_rows)), ranges.get(1, (0, num_columns))
-        first_group, num_groups = start // mxfp4.GROUP_SIZE, num_columns // mxfp4.GROUP_SIZE
-        cut = {0: rows, 1: (first_group, -(-stop // mxfp4.GROUP_SIZE))}
-        blocks = self._lazy(packed.blocks, (num_rows, num_groups, mxfp4.BLOCK_BYTES), cut)
-        scales = self._lazy(packed.scales, (num_rows, num_groups), cut)
-        origin = first_group * mxfp4.GROUP_SIZE
-        # On the device: faster there, and the meta device, where shapes are all, computes nothing.
-        whole = mxfp4.dequantize(blocks.to(self.device), scales.to(self.device))
-        return whole[:, start - origin : stop - origin]
+        return self._stored(excerpt.name, (count, *shape), inner | {0: (index, index + 1)}).squeeze(0)
 
     def _count(self, name: str) -> None:
-        if name in self.packed:
-            self._count(self.packed[name].blocks)
-            self._count(self.packed[name].scales)
-            return
-        name = self._source(name)
+        packed = self.packed.get(name)
+        for stored in (name,) if packed is None else packed.sources:
+            self._count_stored(self._source(stored))
+
+    def _count_stored(self, name: str) -> None:
         if name in self._read:
             return
         self._read.add(name)
