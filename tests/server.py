@@ -1,5 +1,6 @@
 """A whole server as a user starts it: the launcher's process, and what a test asks of it over HTTP."""
 
+import contextlib
 import json
 import os
 import signal
@@ -94,7 +95,18 @@ class Server:
 
     @property
     def shard_pids(self) -> list[int]:
-        return self.pids("text-generation-server")
+        """Of those that serve, by rank: they hold the sockets. The processes that stand by do not."""
+        pids = {}
+        for child in self.launcher.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                pids |= {Path(str(held.laddr)): child.pid for held in child.net_connections("unix")}
+        return [pid for path, pid in sorted(pids.items()) if path.match(str(self.folder / "shard-*"))]
+
+    @property
+    def standby_pids(self) -> list[int]:
+        """Of those that wait to become a shard, by rank."""
+        serving = self.shard_pids
+        return [pid for pid in self.pids("--standby") if pid not in serving]
 
     @property
     def router_pid(self) -> int:

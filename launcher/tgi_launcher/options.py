@@ -357,6 +357,11 @@ class Options:
         default=10,
         type=COUNT,
     )
+    standby_shards: bool = option(
+        "Keep one more process for each shard, which has imported all it needs and waits to replace a lost "
+        "shard. It holds no weights and no device, but some of the machine's memory.",
+        default=True,
+    )
     stall_timeout: int = option(
         "Seconds after which a shard or the router that does not answer is killed and restarted, and a "
         "shard whose step takes longer than that and than ten times the longest step so far.",
@@ -437,7 +442,17 @@ def _parameter(name: str, row: Row, annotation: Any, default: object) -> click.P
     names = [name, flag] if row.short is None else [name, flag, row.short]
     envvar = name.upper() if row.has_variable else None
     if annotation is bool:
-        return EnvOption(names, is_flag=True, default=False, help=row.help, envvar=envvar, show_envvar=True)
+        if default is True:
+            names[1] += "/--no-" + name.replace("_", "-")
+        return EnvOption(
+            names,
+            is_flag=True,
+            default=default,
+            help=row.help,
+            envvar=envvar,
+            show_envvar=True,
+            show_default=default is True,
+        )
     return EnvOption(
         names,
         type=row.type or kind,

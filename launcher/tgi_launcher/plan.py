@@ -4,6 +4,7 @@
 for one process.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -320,6 +321,17 @@ def shard_command(plan: Plan, model_path: Path, rank: int, rendezvous: Rendezvou
         ),
         environ=_environ(plan, variables, drop="LOG_LEVEL") | group | fixed,
     )
+
+
+def standby_command(plan: Plan, model_path: Path, rank: int, uds_path: str) -> Command:
+    """A process that may become that rank: it waits until it is told `turn(rendezvous)`."""
+    command = shard_command(plan, model_path, rank, Rendezvous(uds_path, plan.options.master_port))
+    return Command((*command.argv, "--standby"), command.environ)
+
+
+def turn(rendezvous: Rendezvous) -> bytes:
+    """What a process that stands by is told: the variables that each start of the group chooses anew."""
+    return json.dumps({"MASTER_PORT": str(rendezvous.master_port)}).encode()
 
 
 def router_command(plan: Plan, model_path: Path, shard_socket: Path) -> Command:

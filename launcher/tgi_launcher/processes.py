@@ -70,12 +70,17 @@ class Family:
         command: Command,
         on_line: Callable[[bytes], None],
         on_error_line: Callable[[bytes], None] | None = None,
+        *,
+        listens: bool = False,
     ) -> "Child":
-        """Raises NotInPath, OSError. For the main thread only: its end is what the death signal follows."""
+        """listens: it reads its stdin, see `Child.tell`.
+
+        Raises NotInPath, OSError. For the main thread only: its end is what the death signal follows.
+        """
         process = subprocess.Popen(
             [find_executable(command.argv[0]), *command.argv[1:]],
             env=command.environ,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if listens else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,
@@ -145,6 +150,18 @@ class Child:
     def is_alive(self) -> bool:
         return not self.ended.done()
 
+    def tell(self, line: bytes) -> bool:
+        """Its only line of input; then its stdin ends. False: it has ended, or is about to."""
+        if not self.is_alive:
+            return False
+        assert self.process.stdin is not None
+        try:
+            with self.process.stdin as stdin:
+                stdin.write(line + b"\n")
+        except BrokenPipeError:
+            return False
+        return True
+
     def kill(self) -> None:
         """SIGKILL to the process and whatever it started in its group."""
         if self.is_alive:
@@ -178,16 +195,33 @@ class Child:
         log.info(f"{self.name} killed", span)
 
     async def _until_ended(self) -> int:
-        while not self._has_exited():  # noqa: ASYNC110 the end of a process sets no Event
-            await asyncio.sleep(POLL_S)
+        await self._until_exited()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
         await asyncio.wait([reader.at_end for reader in self._readers], timeout=DRAIN_S)
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
         for reader in self._readers:
             reader.close()  # not at its end where a descendant that left the group holds the pipe
         self._on_end(self)
         return code
+
+    async def _until_exited(self) -> None:
+        try:
+            file = os.pidfd_open(self.process.pid)
+        except (AttributeError, OSError):  # not on every system
+            while not self._has_exited():  # noqa: ASYNC110 there, the end of a process sets no Event
+                await asyncio.sleep(POLL_S)
+            return
+        loop, exited = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(file, exited.set)
+        try:
+            await exited.wait()
+        finally:
+            loop.remove_reader(file)
+            os.close(file)
 
     def _has_exited(self) -> bool:
         """Looks without reaping: until it is reaped, its group's number cannot pass to somebody else."""

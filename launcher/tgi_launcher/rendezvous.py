@@ -24,13 +24,13 @@ class Venue:
         self._num_shard = num_shard
         self._claim = _claim_defaults()
         self.private_dir: Path | None = None
-        self._uds_path = options.shard_uds_path
+        self.uds_path = options.shard_uds_path
         if "shard_uds_path" not in options.given and (self._claim is None or self._sockets_are_taken()):
             self.private_dir = Path(tempfile.mkdtemp(prefix="text-generation-server-", dir="/tmp"))
-            self._uds_path = str(self.private_dir / "shard")
+            self.uds_path = str(self.private_dir / "shard")
 
     def socket_paths(self) -> list[Path]:
-        return [Path(f"{self._uds_path}-{rank}") for rank in range(self._num_shard)]
+        return [Path(f"{self.uds_path}-{rank}") for rank in range(self._num_shard)]
 
     def paths(self) -> list[Path]:
         """Everything of ours in the file system."""
@@ -41,7 +41,7 @@ class Venue:
         for path in self.socket_paths():
             if is_socket(path):
                 path.unlink()
-        return Rendezvous(self._uds_path, self._master_port())
+        return Rendezvous(self.uds_path, self._master_port())
 
     def _sockets_are_taken(self) -> bool:
         """Whether somebody listens there (shards started by hand), or what lies there is not ours."""

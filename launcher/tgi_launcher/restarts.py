@@ -1,12 +1,15 @@
 """When a part that died may be started again."""
 
-FIRST_DELAY_S = 0.25
+SECOND_DELAY_S = 0.25
 MAX_DELAY_S = 30.0
 HEALTHY_S = 60.0
 
 
 class Restarts:
-    """Counts failures in a row. Serving for `HEALTHY_S` ends the row."""
+    """Counts failures in a row. Serving for `HEALTHY_S` ends the row.
+
+    The first of a row costs no wait: streams stand still, and nothing says that it will fail again.
+    """
 
     def __init__(self, max_restarts: int) -> None:
         self.max_restarts = max_restarts
@@ -19,5 +22,7 @@ class Restarts:
         self.num_failures += 1
         if self.num_failures > self.max_restarts:
             return None
-        doublings = min(self.num_failures - 1, 10)  # far beyond the longest delay, and no overflow
-        return float(min(MAX_DELAY_S, FIRST_DELAY_S * 2**doublings))
+        if self.num_failures == 1:
+            return 0.0
+        doublings = min(self.num_failures - 2, 10)  # far beyond the longest delay, and no overflow
+        return float(min(MAX_DELAY_S, SECOND_DELAY_S * 2**doublings))

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from tgi_launcher.errors import LauncherError, ShardCannotStart, ShardFailed
 from tgi_launcher.logs import Log, Span, parse_child_line, relay
-from tgi_launcher.plan import Plan, shard_command
+from tgi_launcher.plan import Plan, shard_command, standby_command, turn
 from tgi_launcher.processes import Child, Family, NotInPath
 from tgi_launcher.rendezvous import Venue, is_socket
 from tgi_launcher.shard_health import ShardHealth
 from tgi_launcher.stalls import ShardWatch, pause_after, until_one_ends
+from tgi_launcher.standbys import Standbys
 
-POLL_S = 0.1
+POLL_S = 0.02  # streams may be standing still
 STILL_WAITING_S = 10.0
 
 
@@ -28,6 +29,8 @@ class Shards:
         self._family = family
         self._log = log
         self._children: list[Child] = []  # by rank
+        may_need_them = plan.options.standby_shards and plan.options.max_restarts > 0
+        self._standbys = Standbys(plan.num_shard if may_need_them else 0, self._start_standby, log)
         self.are_up = asyncio.Event()
 
     async def start(self) -> None:
@@ -43,9 +46,12 @@ class Shards:
     async def lost(self) -> None:
         """Returns when a rank has ended and the others, useless now, have been killed.
 
-        A rank that hangs is made to end.
+        A rank that hangs is made to end. Meanwhile the standby processes are started.
         """
-        await until_one_ends([child.ended for child in self._children], self._kill_the_stalled())
+        async with self._standbys.kept() as has_settled:
+            await until_one_ends(
+                [child.ended for child in self._children], self._kill_the_stalled(has_settled)
+            )
         self.are_up.clear()
         for rank, child in enumerate(self._children):
             if not child.is_alive:
@@ -55,6 +61,7 @@ class Shards:
 
     async def end(self) -> None:
         self._log.info("Shutting down shards")
+        await self._standbys.end()
         timeout_s = self._plan.options.graceful_termination_timeout
         await asyncio.gather(
             *(child.end(timeout_s, self._log, _span(rank)) for rank, child in enumerate(self._children))
@@ -65,6 +72,10 @@ class Shards:
         self._children = []
         for rank in range(self._plan.num_shard):
             span = _span(rank)
+            if (child := self._standbys.take(rank, turn(rendezvous))) is not None:
+                self._log.info("Starting shard in the process that stood by", span)
+                self._children.append(child)
+                continue
             self._log.info("Starting shard", span)
             command = shard_command(self._plan, self._model_path, rank, rendezvous)
             try:
@@ -77,6 +88,11 @@ class Shards:
                 self._log.error(f"Shard {rank} failed to start: {error}", span)
                 raise ShardCannotStart from error
             self._children.append(child)
+
+    def _start_standby(self, rank: int) -> Child:
+        """Raises NotInPath, OSError."""
+        command = standby_command(self._plan, self._model_path, rank, self._venue.uds_path)
+        return self._family.start("shard", command, functools.partial(self._relay, _span(rank)), listens=True)
 
     async def _until_ready(self) -> None:
         """A rank is ready when its socket is there. Raises ShardCannotStart when one ends before all are."""
@@ -101,8 +117,11 @@ class Shards:
                     self._log.info("Waiting for shard to be ready...", _span(rank))
             await asyncio.sleep(POLL_S)
 
-    async def _kill_the_stalled(self) -> None:
-        """Returns when a rank that hangs, or several, have been killed."""
+    async def _kill_the_stalled(self, has_settled: asyncio.Event) -> None:
+        """Returns when a rank that hangs, or several, have been killed.
+
+        Sets `has_settled` when all have run a step that was asked for, which those of the warm-up are not.
+        """
         channels = [ShardHealth(path) for path in self._venue.socket_paths()]
         watches = [ShardWatch(self._plan.options.stall_timeout) for _ in channels]
         try:
@@ -115,6 +134,8 @@ class Shards:
                     )
                 )
                 now = time.monotonic()
+                if all(health is not None and health.last_step_id > 0 for health in answers):
+                    has_settled.set()
                 stalled = False
                 for rank, (watch, health) in enumerate(zip(watches, answers, strict=True)):
                     if (reason := watch.note(health, now)) is not None and self._children[rank].is_alive:

@@ -121,9 +121,9 @@ async def _restart(part: Part, restarts: Restarts, served_s: float, log: Log) ->
         if delay_s is None:
             log.error(f"Giving up on {part.title} after {restarts.max_restarts} restarts in a row")
             raise part.failure
+        when = f"in {delay_s}s" if delay_s else "at once"
         log.warn(
-            f"Restarting {part.title} in {delay_s}s "
-            f"({restarts.num_failures} of {restarts.max_restarts} in a row)"
+            f"Restarting {part.title} {when} ({restarts.num_failures} of {restarts.max_restarts} in a row)"
         )
         await asyncio.sleep(delay_s)
         try:

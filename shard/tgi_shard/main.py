@@ -5,11 +5,13 @@ The only shard file that reads the environment. Options and variables are TGI's;
 to come end the command with one clear sentence.
 """
 
+import gc
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -88,6 +90,12 @@ def main() -> None:
     help="The name in traces; of no effect without --otlp-endpoint.",
 )
 @click.option("--max-input-tokens", type=click.IntRange(min=1))
+@click.option(
+    "--standby",
+    is_flag=True,
+    help="Import what serving takes, then wait for a line on stdin before anything else: a JSON object of "
+    "environment variables to set. If stdin ends without one, so does the command.",
+)
 def serve(
     model_id: str,
     revision: str | None,
@@ -103,6 +111,7 @@ def serve(
     otlp_endpoint: str | None,
     otlp_service_name: str,
     max_input_tokens: int | None,
+    standby: bool,
 ) -> None:
     """Serve one rank of MODEL_ID (a folder, or a hub id in the cache) over gRPC on a Unix socket."""
     if quantize is not None and dtype is not None and not quantize.startswith("bitsandbytes"):
@@ -114,6 +123,8 @@ def serve(
     _refuse("--kv-cache-dtype", kv_cache_dtype)
     _refuse("LORA_ADAPTERS", _environment("LORA_ADAPTERS", str, None))
     logs.configure(logger_level, json_output=json_output)
+    if standby and not _stand_by(model_id, revision):
+        return
 
     settings = _settings(
         model_id,
@@ -244,6 +255,22 @@ def plan(
         raise _Refused(str(error)) from error
     click.echo(made.describe())
     context.exit(0 if made.problem is None else 1)
+
+
+def _stand_by(model_id: str, revision: str | None) -> bool:
+    """Import what serving takes, hold nothing, and wait. False: nobody needs this process any more."""
+    from tgi_shard import hub, service  # noqa: F401  service brings almost everything
+    from tgi_shard.models import registry
+
+    with suppress(ModelError):  # the start itself will tell, if there is one
+        registry.import_for(hub.locate(_hub(), model_id, revision))
+    gc.collect()
+    gc.freeze()  # service.serve does it again, for what comes on top
+    line = sys.stdin.readline()
+    if not line:
+        return False
+    os.environ.update(json.loads(line))
+    return True
 
 
 class _Refused(click.ClickException):

@@ -35,6 +35,24 @@ def test_a_stream_survives_a_dead_shard(launch: Launch, num_shard: int) -> None:
         server.wait_for_metric("tgi_kv_blocks_used", 0)
 
 
+def test_processes_that_stand_by_take_over(launch: Launch) -> None:
+    with launch("--num-shard", "2") as server:
+        expected = server.generate(PROMPT, max_new_tokens=300)
+        deadline = time.monotonic() + 60
+        while len(standbys := server.standby_pids) < 2:
+            assert time.monotonic() < deadline, server.log()
+            time.sleep(0.1)
+        stream = server.stream(PROMPT, max_new_tokens=300)
+        events = [next(stream) for _ in range(8)]
+        kill(server.shard_pids[0])
+        events.extend(stream)
+        assert server.shard_pids == standbys
+        assert events[-1]["generated_text"] == expected["generated_text"]
+        assert [event["token"]["id"] for event in events] == [
+            token["id"] for token in expected["details"]["tokens"]
+        ]
+
+
 def test_a_killed_router_comes_back(launch: Launch) -> None:
     with launch() as server:
         before = server.text(PROMPT, max_new_tokens=20)

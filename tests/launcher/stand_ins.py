@@ -19,7 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
+
+import tgi_proto
+
 T = TypeVar("T")
+
+SPEAKING = {  # behaviour: shards that answer, with no step under way, and a router that answers
+    "python_path": [str(Path(package.__path__[0]).parent) for package in (grpc, tgi_proto)],
+    "health": {"last_step_id": 7},
+    "router_answers": True,
+}
 
 COMMON = """
 import json, os, signal, socket, subprocess, sys, threading, time
@@ -59,6 +69,19 @@ if sys.argv[1] == "download-weights":
     sys.exit(0)
 
 rank = int(os.environ["RANK"])
+if "--standby" in sys.argv:
+    note("standby", rank=rank)
+    if behaviour.get("standbys_fail"):
+        print("no module named torch", file=sys.stderr)
+        sys.exit(4)
+    time.sleep(behaviour.get("import_s", 0))
+    line = sys.stdin.readline()
+    if not line:
+        note("standby-ended")
+        sys.exit(0)
+    os.environ |= json.loads(line)
+    with open(os.path.join(folder, "behaviour.json")) as file:
+        behaviour = json.load(file)
 grandchild = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
 hidden = None
 if behaviour.get("escaping_grandchild"):
@@ -204,7 +227,8 @@ class Launched:
 
     def everybody(self) -> list[int]:
         """Every process that was ever started below the launcher."""
-        started = self.pids("download") + self.pids("shard") + self.pids("router")
+        kinds = ("download", "standby", "shard", "router")
+        started = list(dict.fromkeys(pid for kind in kinds for pid in self.pids(kind)))
         return started + [note["grandchild"] for note in self.notes("shard")]
 
     def until_serving(self, num_starts: int = 1) -> None:

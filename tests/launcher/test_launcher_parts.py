@@ -58,9 +58,9 @@ def test_level(expression: str | None, level: Level) -> None:
 def test_restarts_back_off_and_start_anew_after_a_healthy_minute() -> None:
     restarts = Restarts(max_restarts=10)
     delays = [restarts.delay_s(served_s=59) for _ in range(11)]
-    assert delays == [0.25, 0.5, 1, 2, 4, 8, 16, 30, 30, 30, None]
+    assert delays == [0, 0.25, 0.5, 1, 2, 4, 8, 16, 30, 30, None]
     restarts = Restarts(max_restarts=2)
-    assert [restarts.delay_s(served_s) for served_s in (1, 1, 60, 1, 1)] == [0.25, 0.5, 0.25, 0.5, None]
+    assert [restarts.delay_s(served_s) for served_s in (1, 1, 60, 1, 1)] == [0, 0.25, 0, 0.25, None]
     assert Restarts(max_restarts=0).delay_s(served_s=1000) is None
 
 

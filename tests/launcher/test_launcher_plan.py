@@ -1,5 +1,6 @@
 """Plans as plain calls: options in, argv and environment of every process out."""
 
+import json
 from pathlib import Path
 
 import click
@@ -18,6 +19,8 @@ from tgi_launcher.plan import (
     resolve,
     router_command,
     shard_command,
+    standby_command,
+    turn,
 )
 
 CPU = Devices(num_visible=None, card=None, memory_bytes=None, num_cores=8)
@@ -251,7 +254,22 @@ def test_every_option_has_a_variable_and_the_flag_wins() -> None:
     assert options.given == {"cors_allow_origin", "cuda_graphs", "port"}
 
 
-@pytest.mark.parametrize("name", ["JSON_OUTPUT", "TRUST_REMOTE_CODE", "SHARDED", "NGROK"])
+def test_what_stands_by_is_a_shard_but_for_what_it_is_told(tmp_path: Path) -> None:
+    made = plan("--num-shard", "2", "--max-total-tokens", "100")
+    at = Rendezvous("/run/s", 29511)
+    serving, waiting = shard_command(made, FOLDER, 1, at), standby_command(made, FOLDER, 1, at.uds_path)
+    assert waiting.argv == (*serving.argv, "--standby")
+    assert {**waiting.environ, **json.loads(turn(at))} == serving.environ
+
+
+def test_standby_shards_are_on_unless_told() -> None:
+    assert parse([], {}).standby_shards
+    assert not parse(["--no-standby-shards"], {}).standby_shards
+    assert not parse([], {"STANDBY_SHARDS": "false"}).standby_shards
+    assert parse(["--standby-shards"], {"STANDBY_SHARDS": "false"}).standby_shards
+
+
+@pytest.mark.parametrize("name", ["JSON_OUTPUT", "TRUST_REMOTE_CODE", "SHARDED", "NGROK", "STANDBY_SHARDS"])
 def test_booleans_in_the_environment_are_true_or_false(name: str) -> None:
     field = name.lower()
     assert getattr(parse([], {name: "true"}), field) is True

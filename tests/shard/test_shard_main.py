@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -18,6 +19,8 @@ from click.testing import CliRunner, Result
 import fake_hub
 import tiny_models
 from fake_hub import FakeHub
+from server import free_port
+from shard_process import ShardProcess
 from tgi_shard import main as cli
 from tgi_shard import service
 from tgi_shard.settings import Settings
@@ -57,9 +60,12 @@ def run(*arguments: str, **environment: str) -> Result:
     return CliRunner().invoke(cli.main, arguments, env=unset | environment)
 
 
-def run_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_process(
+    *arguments: str, input: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         _command(*arguments),
+        input=input,
         env=_environment(**environment),
         capture_output=True,
         text=True,
@@ -187,6 +193,67 @@ def test_a_model_that_cannot_be_served_is_one_sentence(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("Error: ")
     assert "elephant" in done.stderr
+
+
+def test_ranks_that_stand_by_hold_nothing_and_serve_once_told(checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--sharded", "--uds-path", str(tmp_path / "s"), "--standby")
+    shards = []
+    for rank in ("0", "1"):
+        log_path = tmp_path / f"{rank}.log"
+        with log_path.open("w") as log:
+            process = subprocess.Popen(
+                _command("serve", str(checkpoint), *options),
+                env=_environment(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        shards.append(ShardProcess(process, tmp_path / f"s-{rank}", log_path))
+    try:
+        for shard in shards:
+            _wait_until_it_waits(shard.process.pid)
+            process = psutil.Process(shard.process.pid)
+            assert any("libtorch_cpu" in mapped.path for mapped in process.memory_maps())
+            assert not any(mapped.path.endswith(".safetensors") for mapped in process.memory_maps())
+            assert process.net_connections("all") == []
+            assert shard.log_path.read_text() == ""
+            assert not shard.socket_path.exists()
+        port = free_port()
+        for shard in shards:
+            assert shard.process.stdin is not None
+            shard.process.stdin.write(json.dumps({"MASTER_PORT": str(port)}) + "\n")
+            shard.process.stdin.close()
+        for shard in shards:
+            shard.wait_until_ready()
+            shard.process.send_signal(signal.SIGTERM)
+            shard.wait_until_ended()
+            assert shard.process.returncode == 0
+    finally:
+        for shard in shards:
+            shard.process.kill()
+            shard.process.wait()
+
+
+def _wait_until_it_waits(pid: int) -> None:
+    """For input: in no other way does it use no time for so long, with torch imported."""
+    process = psutil.Process(pid)
+    deadline = time.monotonic() + 120
+    num_quiet, used = 0, -1.0
+    while num_quiet < 10:
+        assert time.monotonic() < deadline
+        times = process.cpu_times()
+        num_quiet = num_quiet + 1 if times.user + times.system == used > 1 else 0
+        used = times.user + times.system
+        time.sleep(0.1)
+
+
+def test_one_that_stands_by_ends_with_its_launcher(checkpoint: Path, tmp_path: Path) -> None:
+    """The end of its input is how it would notice, were it not killed before."""
+    options = ("--uds-path", str(tmp_path / "s"), "--standby")
+    done = run_process("serve", str(checkpoint), *options, input="")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not (tmp_path / "s-0").exists()
 
 
 @pytest.mark.parametrize("level", ["WARN", "WARNING", "warn"])

@@ -19,8 +19,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     # A restarted shard listens on the same path: a fresh connection each time, retried at once.
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.initial_reconnect_backoff_ms", 100),  # gRPC takes nothing shorter
+    ("grpc.max_reconnect_backoff_ms", 100),
 )
 
 

@@ -169,6 +169,13 @@ def _warn_of_unread(weights: Weights, copies: tuple[str, ...]) -> None:
         log.warning("%d tensors of the checkpoint are not used: %s ...", len(unread), ", ".join(unread[:8]))
 
 
+def import_for(model_path: Path) -> None:
+    """Import what `load_model` takes for this model, and read nothing but its config. Raises ModelError."""
+    config = _read_config(model_path, trust_remote_code=False)
+    if config.model_type not in _OURS:
+        from tgi_shard.models import transformers_fallback  # noqa: F401
+
+
 def _read_config(model_path: Path, trust_remote_code: bool) -> HFConfig:
     raw = model_folder.read_config(model_path)
     model_type = raw.get("model_type")
