@@ -383,7 +383,8 @@ def main() -> None:
     args = ["--max-concurrent-requests", str(options.permits), "--num-shard", str(options.num_shard)]
     # Few blocks, so that all have been touched when the warm-up is over: fresh memory becomes resident then.
     limits = ["--max-batch-total-tokens", str(options.kv_tokens), "--max-total-tokens", "2048"]
-    with serving(options.model, args + limits) as server:
+    # The processes that stand by do nothing that could leak, and are started while the rest is measured.
+    with serving(options.model, [*args, *limits, "--no-standby-shards"]) as server:
         report, problems = asyncio.run(soak(server, options))
     print(describe(report))
     if options.json is not None:

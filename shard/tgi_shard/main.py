@@ -10,8 +10,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -123,24 +123,24 @@ def serve(
     _refuse("--kv-cache-dtype", kv_cache_dtype)
     _refuse("LORA_ADAPTERS", _environment("LORA_ADAPTERS", str, None))
     logs.configure(logger_level, json_output=json_output)
-    if standby and not _stand_by(model_id, revision):
-        return
-
-    settings = _settings(
-        model_id,
-        revision,
-        sharded=sharded,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        uds_path=uds_path,
-        max_input_tokens=max_input_tokens,
-        json_output=json_output,
-        logger_level=logger_level,
-        otlp_endpoint=otlp_endpoint,
-        otlp_service_name=otlp_service_name,
-    )
-    from tgi_shard import service
-    from tgi_shard.tracing import TracingUnavailable
+    with _without_collections():
+        if standby and not _stand_by(model_id, revision):
+            return
+        settings = _settings(
+            model_id,
+            revision,
+            sharded=sharded,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            uds_path=uds_path,
+            max_input_tokens=max_input_tokens,
+            json_output=json_output,
+            logger_level=logger_level,
+            otlp_endpoint=otlp_endpoint,
+            otlp_service_name=otlp_service_name,
+        )
+        from tgi_shard import service
+        from tgi_shard.tracing import TracingUnavailable
 
     try:
         service.serve(settings)
@@ -255,6 +255,16 @@ def plan(
         raise _Refused(str(error)) from error
     click.echo(made.describe())
     context.exit(0 if made.problem is None else 1)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """For imports: nothing that they make is garbage, and the collector would walk through it many times."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _stand_by(model_id: str, revision: str | None) -> bool:
