@@ -2,12 +2,13 @@
 
     python bench/restart.py --kills 10
 
-Each kill has a server of its own, so each is the first of a row: the launcher waits before the later ones. With
-and without processes that stand by take turns; `--only` measures one of them. What follows `--` goes to the
-launcher. See README.md.
+Each kill has a server of its own, so each is the first of a row: the launcher waits before the later ones.
+With and without processes that stand by take turns; `--only` measures one of them. What follows `--` goes to
+the launcher. See README.md.
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -99,7 +100,7 @@ def pause_s(server: Server) -> float:
                 os.kill(victim, signal.SIGKILL)
     # What was on its way when the shard died still came: the gap begins a little later.
     after = [killed_at, *(at for at in times if at > killed_at)]
-    gaps = [(later - earlier, later) for earlier, later in zip(after, after[1:], strict=False)]
+    gaps = [(later - earlier, later) for earlier, later in itertools.pairwise(after)]
     return max(gaps)[1] - killed_at
 
 
