@@ -119,7 +119,19 @@ def test_router_and_shards_may_die_at_the_same_time(launch: Launch) -> None:
         for pid in server.pids("router") + server.pids("shard"):
             os.kill(pid, signal.SIGKILL)
         server.until_serving(num_starts=2)
-        assert server.notes("router")[1]["time"] > server.notes("shard")[3]["time"]
+        eventually(lambda: server.log.count("Shard ready in") == 4)
+        assert server.stop() == 0
+
+
+def test_a_router_is_not_started_while_the_shards_are_away(launch: Launch) -> None:
+    with launch() as server:
+        server.until_serving()
+        server.behave(load_s=1)
+        os.kill(server.pids("shard")[0], signal.SIGKILL)
+        eventually(lambda: "Shard 0 crashed" in server.log)
+        os.kill(server.pids("router")[0], signal.SIGKILL)
+        server.until_serving(num_starts=2)
+        assert server.notes("router")[1]["time"] > server.notes("shard")[1]["time"] + 1
         assert server.stop() == 0
 
 
