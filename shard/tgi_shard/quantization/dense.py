@@ -40,8 +40,23 @@ class Dense:
     def matmul(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
         packed = tensors.get("packed")
         if packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+            num_rows = len(x)
+            num_more = padded(num_rows) - num_rows
+            x = F.pad(x, (0, 0, 0, num_more)) if num_more else x
+            return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")[:num_rows]
         return F.linear(x, tensors["weight"], bias)
+
+
+def padded(num_rows: int) -> int:
+    """The nearest number of rows, up to an eighth more, for which oneDNN is asked to multiply.
+
+    For each shape that it meets it compiles a program, and keeps it: 0.6 ms and 0.6 MB, as long as 50 to 100
+    rows of a small weight take, and a thousand of them at most.
+    """
+    step = 1 << max(
+        0, num_rows.bit_length() - 4
+    )  # so there are eight numbers from one power of two to the next
+    return -(-num_rows // step) * step
 
 
 def can_pack(weight: Tensor) -> bool:
