@@ -8,20 +8,47 @@ of a header, and for a client to read. Here
   one that was answered without being read is waited for as long as for a header;
 - who leaves so much unread that we have to wait, and goes on so for WRITE_TIMEOUT_S, is disconnected. The
   application notices as it notices any client that goes.
+
+Streams send a piece for every token, to many clients in every step. They get an Outlet, which writes without
+what ASGI asks for each message: a coroutine, a dictionary, a look at what was sent before.
 """
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import structlog
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+OUTLET = "tgi.outlet"  # its name in the scope of a request
 HEADER_TIMEOUT_S = 30.0
 MAX_HEADER_BYTES = 1 << 16
 WRITE_TIMEOUT_S = 60.0
 
 log = structlog.get_logger(__name__)
+
+
+class Outlet:
+    """The way to the client of one response that has begun, and whose length was not told."""
+
+    __slots__ = ("_cycle", "_write")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._write = cycle.transport.write
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the client is there and keeps up. If not, `send` knows how to wait."""
+        return not (self._cycle.flow.write_paused or self._cycle.disconnected)
+
+    def write(self, data: bytes) -> None:
+        """A piece of the body; not an empty one, which would end it."""
+        self._write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def abort(self) -> None:
+        """Leave the client, with what it has not read."""
+        self._cycle.transport.abort()
 
 
 class Connection(HttpToolsProtocol):
@@ -77,6 +104,7 @@ class Connection(HttpToolsProtocol):
         self._num_header_bytes = 0
         self._has_begun_header = False
         super().on_headers_complete()
+        cast(dict[str, object], self.scope)[OUTLET] = Outlet(self.cycle)
 
     def on_message_complete(self) -> None:
         _cancel(self._rest_timer)

@@ -23,7 +23,7 @@ from tgi_router.errors import (
     ShuttingDown,
     UnknownRequest,
 )
-from tgi_router.mailbox import Mailbox
+from tgi_router.mailbox import Mailbox, Post
 from tgi_router.metrics import Metrics
 from tgi_router.permits import Permits
 from tgi_router.request import Listener, Request
@@ -217,6 +217,7 @@ class Generation:
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.permits = Permits(max_concurrent_requests)
+        self.post = Post()
         self.clock_ns = clock_ns
         self.is_draining = False
         self._eos_token_ids = eos_token_ids

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 import split_tokenizers
-from router_app import Running, running
+from router_app import Running, listening, running
 from scripted_shard import ScriptedSequence, ScriptedShard, extend_digest
 from split_tokenizers import Kind, SplitTokenizer, split
 from tgi_proto import generate_pb2 as pb
@@ -206,7 +206,11 @@ async def reading(book: Book, folder: Path, **changes: Any) -> AsyncIterator[tup
         eos_token_ids=(book.tokenizer.eos_id,),
     )
     changes |= {"shard": shard, "saved_tokenizer": book.tokenizer.tokenizer, "enable_prefill_logprobs": True}
-    async with running(folder, **changes) as router:
+    async with (
+        running(folder, **changes) as router,
+        listening(router) as port,  # a real connection: streams have a way past ASGI there
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as router.client,
+    ):
         yield router, shard
 
 

@@ -8,7 +8,6 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tgi_router import request_id
-from tgi_router.api.sse import SERVER_SEND
 
 VARY = "origin, access-control-request-method, access-control-request-headers"
 
@@ -25,7 +24,6 @@ class CORS:
             await self._app(scope, receive, send)
             return
         origin = Headers(scope=scope).get("origin")
-        scope[SERVER_SEND] = send
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

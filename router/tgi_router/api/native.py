@@ -1,7 +1,5 @@
 """TGI's own routes: POST /generate, /generate_stream, /, /tokenize and /chat_tokenize."""
 
-from collections.abc import AsyncIterator
-
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,10 +9,11 @@ from tgi_router.api.body import BodyReader
 from tgi_router.api.grammar import asked_grammar
 from tgi_router.api.openai_chat import ChatRoutes
 from tgi_router.api.replies import JSONReply, compute_headers, encode_json, record_failure
-from tgi_router.api.sse import ClientWatch, EventStream, frame
+from tgi_router.api.sse import EVENT_HEADERS, ClientWatch, EventStream, frame
 from tgi_router.errors import RequestError, ValidationError
 from tgi_router.generation import Generation, Run
-from tgi_router.mailbox import Mailbox
+from tgi_router.mailbox import Mailbox, News
+from tgi_router.metrics import Metrics
 from tgi_router.schemas.native import (
     BestOfSequence,
     ChatTokenizeReply,
@@ -61,7 +60,7 @@ class NativeRoutes:
     async def generate_stream(self, request: Request) -> Response:
         started_ns = self._begin()
         body = await self._body.read(request)
-        return self._stream(
+        return await self._stream(
             request, body, started_ns, return_full_text=body.parameters.return_full_text is True
         )
 
@@ -73,7 +72,7 @@ class NativeRoutes:
         body = await self._body.read(request)
         return_full_text = body.parameters.return_full_text is not False
         if body.stream:
-            return self._stream(request, body, started_ns, return_full_text=return_full_text)
+            return await self._stream(request, body, started_ns, return_full_text=return_full_text)
         return await self._answer(request, body, started_ns, return_full_text=return_full_text, in_array=True)
 
     async def tokenize(self, request: Request) -> Response:
@@ -122,72 +121,31 @@ class NativeRoutes:
             if run is not None:
                 run.close()
 
-    def _stream(
+    async def _stream(
         self, request: Request, body: GenerateBody, started_ns: int, *, return_full_text: bool
     ) -> Response:
-        mailbox = Mailbox()
-        runs: list[Run] = []
-
-        async def frames() -> AsyncIterator[bytes]:
-            try:
-                run = await self._generation.begin(
-                    draft_of(body), mailbox, streams=True, started_ns=started_ns, route=request.url.path
-                )
-                runs.append(run)
-                while not run.answers[0].is_over or mailbox.has_news:
-                    news = await mailbox.take()
-                    events = [
-                        self._event(answer, token, body, return_full_text)
-                        for answer, token in news
-                        if token is not None
-                    ]
-                    if events or not news:
-                        yield b"".join(events)
-                    if run.error is not None:
-                        raise run.error
-            except RequestError as error:
-                record_failure(self._generation.metrics, error, request.url.path)
-                yield frame(ErrorReply(str(error), error.error_type))
-
-        def close() -> None:
-            for run in runs:
-                run.close()
-
         headers = {
             "x-compute-type": self._compute_type,
             "x-compute-characters": str(len(body.inputs)),
         }
-        return EventStream(frames(), mailbox, close, headers)
-
-    def _event(
-        self, answer: Answer, token: GeneratedToken, body: GenerateBody, return_full_text: bool
-    ) -> bytes:
-        top_tokens = b',"top_tokens":' + encode_json(self._top_tokens(token)) if token.top_tokens else b""
-        is_last = answer.ends_with(token)
-        text = details = None
-        if is_last:
-            text = (body.inputs if return_full_text else "") + answer.generated_text()
-            if body.parameters.details:
-                assert answer.finish_reason is not None
-                details = StreamDetails(
-                    answer.finish_reason,
-                    len(answer.token_ids),
-                    answer.seed,
-                    len(answer.request.prompt_token_ids),
-                )
-        return (
-            b'data: {"index":%d,"token":{"id":%d,"text":%b,"logprob":%b,"special":%b}%b'
-            b',"generated_text":%b,"details":%b}\n\n'
-        ) % (
-            token.index,
-            token.id,
-            encode_json(token.text),
-            encode_json(shortest_float32(token.logprob)),
-            b"true" if token.special else b"false",
-            top_tokens,
-            encode_json(text) if is_last else b"null",
-            encode_json(details) if details is not None else b"null",
+        mailbox = Mailbox(self._generation.post)
+        watch = ClientWatch(request.receive, mailbox)
+        route = request.url.path
+        try:
+            run = await self._generation.begin(
+                draft_of(body), mailbox, streams=True, started_ns=started_ns, route=route
+            )
+        except RequestError as error:
+            # The status of a stream is 200: what is wrong with its request is told by an event.
+            record_failure(self._generation.metrics, error, route)
+            return Response(error_frame(error), headers=EVENT_HEADERS | headers)
+        finally:
+            watch.stop()
+        prefix = body.inputs if return_full_text else ""
+        events = _NativeEvents(
+            self._tokenizer, self._generation.metrics, prefix, route, has_details=body.parameters.details
         )
+        return EventStream(events, mailbox, run.close, headers)
 
     def _reply(self, run: Run, body: GenerateBody, prefix: str) -> GenerateReply:
         best = run.best
@@ -243,18 +201,82 @@ class NativeRoutes:
     def _all_top_tokens(self, answer: Answer) -> list[list[Token]] | UnsetType:
         if answer.request.top_n_tokens == 0:
             return UNSET
-        return [self._top_tokens(token) for token in answer.tokens]
+        return [top_tokens_of(self._tokenizer, token) for token in answer.tokens]
 
-    def _top_tokens(self, token: GeneratedToken) -> list[Token]:
-        return [
-            Token(
-                token_id,
-                self._tokenizer.text_of(token_id),
-                shortest_float32(logprob),
-                token_id in self._tokenizer.special_ids,
-            )
-            for token_id, logprob in token.top_tokens
-        ]
+
+class _NativeEvents:
+    """The events of a stream, which has one answer. prefix: what its text begins with."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, metrics: Metrics, prefix: str, route: str, *, has_details: bool
+    ) -> None:
+        self.is_over = False
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._prefix = prefix
+        self._route = route
+        self._has_details = has_details
+
+    def tell(self, news: News) -> bytes:
+        return b"".join([self._event(answer, token) for answer, token in news])
+
+    def _event(self, answer: Answer, token: GeneratedToken | None) -> bytes:
+        if token is None:
+            self.is_over = True
+            assert answer.error is not None
+            record_failure(self._metrics, answer.error, self._route)
+            return error_frame(answer.error)
+        text = details = b"null"
+        if answer.ends_with(token):
+            self.is_over = True
+            text = encode_json(self._prefix + answer.generated_text())
+            if self._has_details:
+                details = encode_json(_stream_details(answer))
+        top_tokens = b""
+        if token.top_tokens:
+            top_tokens = b',"top_tokens":' + encode_json(top_tokens_of(self._tokenizer, token))
+        return _EVENT % (
+            token.index,
+            token.id,
+            encode_json(token.text),
+            encode_json(shortest_float32(token.logprob)),
+            b"true" if token.special else b"false",
+            top_tokens,
+            text,
+            details,
+        )
+
+
+_EVENT = (
+    b'data: {"index":%d,"token":{"id":%d,"text":%b,"logprob":%b,"special":%b}%b'
+    b',"generated_text":%b,"details":%b}\n\n'
+)
+
+
+def _stream_details(answer: Answer) -> StreamDetails:
+    assert answer.finish_reason is not None
+    return StreamDetails(
+        answer.finish_reason,
+        len(answer.token_ids),
+        answer.seed,
+        len(answer.request.prompt_token_ids),
+    )
+
+
+def error_frame(error: RequestError) -> bytes:
+    return frame(ErrorReply(str(error), error.error_type))
+
+
+def top_tokens_of(tokenizer: Tokenizer, token: GeneratedToken) -> list[Token]:
+    return [
+        Token(
+            token_id,
+            tokenizer.text_of(token_id),
+            shortest_float32(logprob),
+            token_id in tokenizer.special_ids,
+        )
+        for token_id, logprob in token.top_tokens
+    ]
 
 
 def draft_of(body: GenerateBody) -> Draft:

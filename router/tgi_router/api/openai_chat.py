@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,7 +31,8 @@ from tgi_router.api.sse import DONE, ClientWatch, EventStream
 from tgi_router.errors import TemplateError, ToolError
 from tgi_router.generation import Generation, Run
 from tgi_router.grammar.source import AskedGrammar
-from tgi_router.mailbox import Mailbox
+from tgi_router.mailbox import Mailbox, News
+from tgi_router.metrics import Metrics
 from tgi_router.schemas.openai_chat import (
     ChatBody,
     ChatChoice,
@@ -96,7 +97,7 @@ class ChatRoutes:
         started_ns = self._generation.clock_ns()
         body = await self._body.read(request)
         chat = await self.prepare(body)
-        mailbox = Mailbox()
+        mailbox = Mailbox(self._generation.post)
         watch = ClientWatch(request.receive, mailbox)
         run: Run | None = None
         is_streaming = False
@@ -111,7 +112,7 @@ class ChatRoutes:
                     "x-compute-type": self._served.compute_type,
                     "x-compute-characters": str(len(chat.prompt)),
                 }
-                return EventStream(self._frames(body, chat, run, mailbox), mailbox, run.close, headers)
+                return EventStream(self._events(body, chat, run), mailbox, run.close, headers)
             await self._generation.finish([run], mailbox, keeps_cancelled=True)
             return JSONReply(
                 self._reply(body, chat, run),
@@ -178,6 +179,25 @@ class ChatRoutes:
     def _model_name(self, body: ChatBody) -> str:
         return self._served.model_name if body.model in (None, "tgi") else str(body.model)
 
+    def _events(self, body: ChatBody, chat: Chat, run: Run) -> "_ChatEvents":
+        head = (
+            b'data: {"object":"chat.completion.chunk","id":%b,"created":%d,"model":%b,"system_fingerprint":%b'
+        ) % (
+            encode_json(new_id()),
+            int(time.time()),
+            encode_json(self._model_name(body)),
+            encode_json(self._served.system_fingerprint),
+        )
+        return _ChatEvents(
+            chat,
+            run,
+            self._tokenizer,
+            self._generation.metrics,
+            head,
+            has_logprobs=bool(body.logprobs),
+            tells_usage=body.include_usage,
+        )
+
     def _reply(self, body: ChatBody, chat: Chat, run: Run) -> ChatCompletion:
         return ChatCompletion(
             object="chat.completion",
@@ -196,59 +216,85 @@ class ChatRoutes:
         message, finish_reason = whole_message(chat.new_parser(), answer)
         return ChatChoice(index, message, logprobs, finish_reason)
 
-    async def _frames(self, body: ChatBody, chat: Chat, run: Run, mailbox: Mailbox) -> AsyncIterator[bytes]:
-        head = (
-            b'data: {"object":"chat.completion.chunk","id":%b,"created":%d,"model":%b,"system_fingerprint":%b'
-        ) % (
-            encode_json(new_id()),
-            int(time.time()),
-            encode_json(self._model_name(body)),
-            encode_json(self._served.system_fingerprint),
-        )
-        choice_heads = {
+
+class _ChatEvents:
+    """The events of a stream: chunks of every choice, then the usage if it is wanted, then [DONE]."""
+
+    def __init__(
+        self,
+        chat: Chat,
+        run: Run,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        head: bytes,
+        *,
+        has_logprobs: bool,
+        tells_usage: bool,
+    ) -> None:
+        self._run = run
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._has_logprobs = has_logprobs
+        self._tells_usage = tells_usage
+        self._head = head
+        self._choice_heads = {
             answer: b'%b,"choices":[{"index":%d,"delta":' % (head, index)
             for index, answer in enumerate(run.answers)
         }
-        streams = {answer: MessageStream(chat.new_parser()) for answer in run.answers}
+        self._open = {answer: MessageStream(chat.new_parser()) for answer in run.answers}
 
-        def chunks(answer: Answer, text: str, logprobs: ChatLogprobs | None, *, is_last: bool) -> list[bytes]:
-            """What one token adds: the logprobs go with its first delta, the finish reason with its last."""
-            stream = streams[answer]
-            deltas = stream.push(text, is_last=is_last)
-            if not deltas and (is_last or stream.tells_every_token or logprobs is not None):
-                deltas = [EMPTY_DELTA]
-            reason = stream.finish_reason(answer) if is_last else None
-            return [
-                b'%b%b,"logprobs":%b,"finish_reason":%b}],"usage":null}\n\n'
-                % (
-                    choice_heads[answer],
-                    delta,
-                    encode_json(logprobs if number == 0 else None),
-                    encode_json(reason if number == len(deltas) - 1 else None),
+    @property
+    def is_over(self) -> bool:
+        return not self._open
+
+    def tell(self, news: News) -> bytes:
+        frames: list[bytes] = []
+        for answer, token in news:
+            is_last = token is None or answer.ends_with(token)
+            if token is not None:
+                logprobs = None
+                if self._has_logprobs:
+                    logprobs = ChatLogprobs([chat_logprob(self._tokenizer, answer, token)])
+                frames += self._chunks(answer, token.shown, logprobs, is_last=is_last)
+            elif answer.is_cancelled:
+                frames += self._chunks(answer, answer.rest, None, is_last=True)
+            else:
+                assert answer.error is not None
+                record_failure(self._metrics, answer.error, ROUTE)
+                frames.append(error_frame(answer.error))
+            if is_last:
+                del self._open[answer]
+        if not self._open:
+            if self._tells_usage and not self._run.has_failed:
+                frames.append(
+                    b'%b,"choices":[],"usage":%b}\n\n' % (self._head, encode_json(usage_of([self._run])))
                 )
-                for number, delta in enumerate(deltas)
-            ]
+            frames.append(DONE)
+        return b"".join(frames)
 
-        while not run.is_over or mailbox.has_news:
-            news = await mailbox.take()
-            frames = []
-            for answer, token in news:
-                if token is not None:
-                    logprobs = None
-                    if body.logprobs:
-                        logprobs = ChatLogprobs([chat_logprob(self._tokenizer, answer, token)])
-                    frames += chunks(answer, token.shown, logprobs, is_last=answer.ends_with(token))
-                elif answer.is_cancelled:
-                    frames += chunks(answer, answer.rest, None, is_last=True)
-                else:
-                    assert answer.error is not None
-                    record_failure(self._generation.metrics, answer.error, ROUTE)
-                    frames.append(error_frame(answer.error))
-            if frames or not news:
-                yield b"".join(frames)
-        if body.include_usage and not run.has_failed:
-            yield b'%b,"choices":[],"usage":%b}\n\n' % (head, encode_json(usage_of([run])))
-        yield DONE
+    def _chunks(
+        self, answer: Answer, text: str, logprobs: ChatLogprobs | None, *, is_last: bool
+    ) -> list[bytes]:
+        """What one token adds: the logprobs go with its first delta, the finish reason with its last."""
+        stream = self._open[answer]
+        deltas = stream.push(text, is_last=is_last)
+        if not deltas and (is_last or stream.tells_every_token or logprobs is not None):
+            deltas = [EMPTY_DELTA]
+        reason = stream.finish_reason(answer) if is_last else None
+        last = len(deltas) - 1
+        return [
+            _CHUNK
+            % (
+                self._choice_heads[answer],
+                delta,
+                b"null" if logprobs is None or number > 0 else encode_json(logprobs),
+                b"null" if reason is None or number < last else encode_json(reason),
+            )
+            for number, delta in enumerate(deltas)
+        ]
+
+
+_CHUNK = b'%b%b,"logprobs":%b,"finish_reason":%b}],"usage":null}\n\n'
 
 
 def check(body: ChatBody) -> None:

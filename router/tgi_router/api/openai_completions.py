@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,7 +25,8 @@ from tgi_router.api.replies import JSONReply, compute_headers, encode_json, reco
 from tgi_router.api.sse import DONE, ClientWatch, EventStream
 from tgi_router.errors import BatchSizeExceeded, SuffixNotSupported, ValidationError
 from tgi_router.generation import Generation, Run
-from tgi_router.mailbox import Mailbox
+from tgi_router.mailbox import Mailbox, News
+from tgi_router.metrics import Metrics
 from tgi_router.schemas.openai import Usage
 from tgi_router.schemas.openai_completions import (
     Completion,
@@ -55,7 +56,7 @@ class CompletionRoutes:
         body = await self._body.read(request)
         self._check(body)
         drafts = [draft_of(body, prompt) for prompt in body.prompts]
-        mailbox = Mailbox()
+        mailbox = Mailbox(self._generation.post)
         watch = ClientWatch(request.receive, mailbox)
         runs: list[Run] = []
 
@@ -76,7 +77,7 @@ class CompletionRoutes:
                     "x-compute-type": self._served.compute_type,
                     "x-compute-characters": str(num_characters),
                 }
-                return EventStream(self._frames(body, runs, mailbox), mailbox, close, headers)
+                return EventStream(self._events(body, runs), mailbox, close, headers)
             await self._generation.finish(runs, mailbox, keeps_cancelled=True)
             return JSONReply(
                 self._reply(body, runs),
@@ -97,6 +98,15 @@ class CompletionRoutes:
         if body.best_of is not None and body.best_of < num_choices:
             raise ValidationError(f"`best_of` must be >= `n`. Given: {body.best_of} and {num_choices}")
 
+    def _events(self, body: CompletionBody, runs: list[Run]) -> "_CompletionEvents":
+        writers = {
+            answer: _ChoiceWriter(body, self._tokenizer, index, answer)
+            for index, answer in enumerate(chosen(runs))
+        }
+        return _CompletionEvents(
+            body, runs, writers, _FrameWriter(self._served, body), self._generation.metrics
+        )
+
     def _reply(self, body: CompletionBody, runs: list[Run]) -> Completion:
         writers = [
             _ChoiceWriter(body, self._tokenizer, index, answer) for index, answer in enumerate(chosen(runs))
@@ -108,38 +118,8 @@ class CompletionRoutes:
             model=self._served.model_name,
             system_fingerprint=self._served.system_fingerprint,
             choices=[folded(writer.pieces()) for writer in writers],
-            usage=self._usage(body, runs),
+            usage=usage_for(body, runs),
         )
-
-    def _usage(self, body: CompletionBody, runs: Sequence[Run]) -> Usage:
-        usage = usage_of(runs)
-        return Usage.of(usage.prompt_tokens, 0) if echoes_only(body) else usage
-
-    async def _frames(self, body: CompletionBody, runs: list[Run], mailbox: Mailbox) -> AsyncIterator[bytes]:
-        writers = {
-            answer: _ChoiceWriter(body, self._tokenizer, index, answer)
-            for index, answer in enumerate(chosen(runs))
-        }
-        frames = _FrameWriter(self._served, body)
-        remaining = set(writers)
-        while remaining:
-            news = await mailbox.take()
-            data = []
-            for answer, token in news:
-                if token is not None or answer.is_cancelled:
-                    for choice in writers[answer].next_pieces(token):
-                        data.append(frames.chunk(choice, answer))
-                else:
-                    assert answer.error is not None
-                    record_failure(self._generation.metrics, answer.error, ROUTE)
-                    data.append(error_frame(answer.error))
-                if token is None or answer.ends_with(token):
-                    remaining.discard(answer)
-            if data or not news:
-                yield b"".join(data)
-        if frames.wants_usage_chunk and not any(run.has_failed for run in runs):
-            yield frames.usage_chunk(self._usage(body, runs))
-        yield DONE
 
 
 class _ChoiceWriter:
@@ -188,6 +168,46 @@ def folded(pieces: Iterator[CompletionChoice]) -> CompletionChoice:
     )
 
 
+class _CompletionEvents:
+    """The events of a stream: chunks of every choice, then the usage if it is wanted, then [DONE]."""
+
+    def __init__(
+        self,
+        body: CompletionBody,
+        runs: list[Run],
+        writers: "dict[Answer, _ChoiceWriter]",
+        frames: "_FrameWriter",
+        metrics: Metrics,
+    ) -> None:
+        self._body = body
+        self._runs = runs
+        self._open = writers
+        self._frames = frames
+        self._metrics = metrics
+
+    @property
+    def is_over(self) -> bool:
+        return not self._open
+
+    def tell(self, news: News) -> bytes:
+        data: list[bytes] = []
+        for answer, token in news:
+            if token is not None or answer.is_cancelled:
+                for choice in self._open[answer].next_pieces(token):
+                    data.append(self._frames.chunk(choice, answer))
+            else:
+                assert answer.error is not None
+                record_failure(self._metrics, answer.error, ROUTE)
+                data.append(error_frame(answer.error))
+            if token is None or answer.ends_with(token):
+                del self._open[answer]
+        if not self._open:
+            if self._frames.wants_usage_chunk and not any(run.has_failed for run in self._runs):
+                data.append(self._frames.usage_chunk(usage_for(self._body, self._runs)))
+            data.append(DONE)
+        return b"".join(data)
+
+
 class _FrameWriter:
     """Chunks of one response. All but the choice is written once."""
 
@@ -227,6 +247,11 @@ def chosen(runs: Sequence[Run]) -> list[Answer]:
 def echoes_only(body: CompletionBody) -> bool:
     """The prompt and its logprobs are all that is wanted. (A sequence that says nothing cannot be run.)"""
     return bool(body.echo) and max_tokens_of(body) == 0
+
+
+def usage_for(body: CompletionBody, runs: Sequence[Run]) -> Usage:
+    usage = usage_of(runs)
+    return Usage.of(usage.prompt_tokens, 0) if echoes_only(body) else usage
 
 
 def max_tokens_of(body: CompletionBody) -> int | None:
