@@ -80,9 +80,16 @@ class Answer:
             context = self._context_of_whole_text()
         else:
             context = context_of(tokenizer.decode, self._prompt_token_ids, NUM_CONTEXT_TOKENS)
-        self._detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, context)
+        self._detokenizer = Detokenizer(
+            tokenizer.decode, tokenizer.special_ids, context, tokenizer.decode_byte_level
+        )
         self._stop_anywhere = StopAnywhere(request.stop if request.trim_stop else ())
-        self._stop_at_token_end = StopAtTokenEnd(() if request.trim_stop else request.stop)
+        self._stop_at_token_end = StopAtTokenEnd(request.stop) if request.stop else None
+        # Looked at for every token.
+        self._trim_stop = request.trim_stop
+        self._max_new_tokens = request.max_new_tokens
+        self._special_ids = tokenizer.special_ids
+        self._observe_gap = metrics.tgi_inter_token_duration.observe
 
     @property
     def is_over(self) -> bool:
@@ -132,20 +139,23 @@ class Answer:
         if self._last_token_ns is None:
             self._metrics.tgi_time_to_first_token_duration.observe((now_ns - self._started_ns) / 1e9)
         else:
-            self._metrics.tgi_inter_token_duration.observe((now_ns - self._last_token_ns) / 1e9)
+            self._observe_gap((now_ns - self._last_token_ns) / 1e9)
         self._last_token_ns = now_ns
         token_id = token.token_id
         self.token_ids.append(token_id)
+        index = len(self.token_ids)
         self.sum_logprobs += token.logprob
-        special = token_id in self._tokenizer.special_ids
+        special = token_id in self._special_ids
         text = self._detokenizer.push(token_id)
         reason: FinishReason | None = None
-        if len(self.token_ids) >= self.request.max_new_tokens:
+        if index >= self._max_new_tokens:
             reason = "length"
             text += self._detokenizer.flush()
         elif token.ends_grammar or (token_id in self._eos_token_ids and not self.request.ignore_eos):
             reason = "eos_token"
-        if self.request.trim_stop:
+        if self._trim_stop and not special and not self.request.stop:
+            shown = text  # nothing is looked for, nothing held back
+        elif self._trim_stop:
             shown, is_stop = self._show(text, special)
             if is_stop:
                 reason = "stop_sequence"
@@ -153,11 +163,10 @@ class Answer:
                 shown += self._stop_anywhere.flush()
         else:
             shown = ""
-            if reason is None and self._stop_at_token_end.push(text):
+            stop = self._stop_at_token_end
+            if stop is not None and reason is None and stop.push(text):
                 reason = "stop_sequence"
-        generated = GeneratedToken(
-            len(self.token_ids), token_id, text, shown, token.logprob, special, token.top_tokens
-        )
+        generated = GeneratedToken(index, token_id, text, shown, token.logprob, special, token.top_tokens)
         if reason is not None:
             self.finish_reason = reason
             self.ended_ns = self._clock_ns()

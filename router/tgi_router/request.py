@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from msgspec import Struct
+
 from tgi_router.grammar.mask import Grammar
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
@@ -49,9 +51,10 @@ class Request:
     choice: int = 0  # which of several answers to one request this is; part of the key of its draws
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """One token as a shard reports it."""
+class SampledToken(Struct, frozen=True, gc=False):
+    """One token as a shard reports it. A Struct, like all that is made for every token: it costs a tenth of a
+    frozen dataclass.
+    """
 
     token_id: int
     logprob: float

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+import split_tokenizers
 import tiny_tokenizers
 from tgi_router.schemas.numbers import shortest_float32, to_float32
 from tgi_router.text.detokenizer import Detokenizer, final_text
@@ -102,6 +103,35 @@ def test_a_special_token_speaks_for_itself_and_ends_half_a_character() -> None:
     pushed = [half, made.special_id, made.id_of[b" b"]]
     assert [detokenizer.push(token_id) for token_id in pushed] == ["", "</s>", " b"]
     assert final_text(made.decode, {made.special_id}, [], [made.id_of[b"a"], made.special_id]) == "a"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_byte_level_tokens_need_no_decoding_for_the_same_text(seed: int) -> None:
+    """Also where the bytes are no text, and where a character or a special token stands between."""
+    draw = random.Random(seed)
+    data = "".join(draw.choices(TEXTS, k=3)).encode()
+    spoilt = bytes(byte if draw.random() < 0.9 else draw.randrange(256) for byte in data)
+    made = ByteLevel({bytes([byte]) for byte in range(256)} | {*cut(data, draw), "\ufffd".encode()})
+    ids = [*made.id_of.values(), made.special_id]
+    pieces = [made.id_of.get(piece, made.special_id) for piece in cut(data, random.Random(seed))]
+    singles = [made.id_of[bytes([byte])] for byte in spoilt]
+    mixed = [*pieces, *draw.choices(ids, k=100), *singles]
+    context = draw.choices(ids, k=draw.randrange(6))
+    plain = Detokenizer(made.decode, {made.special_id}, context)
+    quick = Detokenizer(made.decode, {made.special_id}, context, lambda token_id: made.decode([token_id]))
+    for token_id in mixed:
+        assert quick.push(token_id) == plain.push(token_id)
+    assert quick.flush() == plain.flush()
+
+
+def test_a_tokenizer_knows_whether_it_is_byte_level(tmp_path: Path) -> None:
+    for kind in split_tokenizers.KINDS:
+        folder = tmp_path / kind
+        folder.mkdir()
+        split_tokenizers.build(kind, [b"ab"]).tokenizer.save(str(folder / "tokenizer.json"))
+        tokenizer = OurTokenizer.load(folder, num_workers=1)
+        assert (tokenizer.decode_byte_level is not None) == (kind == "byte_level")
+        tokenizer.close()
 
 
 def test_bytes_that_never_become_a_character_do_not_pile_up() -> None:

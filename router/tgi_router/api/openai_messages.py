@@ -16,6 +16,7 @@ from tgi_router.schemas.openai_chat import ReplyFunction, ReplyMessage, ReplyToo
 from tgi_router.text.message import CallArguments, CallName, Content, Delta, Message, Parser, PlainText
 
 _ROLE = b'{"role":"assistant",'
+_CONTENT = _ROLE + b'"content":%b}'
 
 
 class MessageStream:
@@ -32,6 +33,8 @@ class MessageStream:
         deltas = self._parser.push(text)
         if is_last:
             deltas += self._parser.finish()
+        if len(deltas) == 1:  # as for nearly every token
+            return [self._encode(deltas)]
         return [self._encode(group) for group in _grouped(deltas)]
 
     def finish_reason(self, answer: Answer) -> str:
@@ -41,8 +44,10 @@ class MessageStream:
 
     def _encode(self, group: list[Delta]) -> bytes:
         """Deltas that go into one chunk."""
-        text = "".join(delta.text for delta in group if not isinstance(delta, CallName))
         first = group[0]
+        if len(group) == 1 and isinstance(first, Content):
+            return _CONTENT % encode_json(first.text)
+        text = "".join(delta.text for delta in group if not isinstance(delta, CallName))
         if isinstance(first, CallName | CallArguments):
             return b'%b"tool_calls":[%b]}' % (_ROLE, encode_json(self._call(first, text)))
         key = b"content" if isinstance(first, Content) else b"reasoning_content"
@@ -58,7 +63,7 @@ class MessageStream:
         return {"index": first.index, "id": call_id, "type": "function", "function": function}
 
 
-EMPTY_DELTA = _ROLE + b'"content":""}'
+EMPTY_DELTA = _CONTENT % b'""'
 
 
 def _grouped(deltas: list[Delta]) -> Iterator[list[Delta]]:

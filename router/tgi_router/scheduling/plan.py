@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from tgi_router.request import SampledToken
 from tgi_router.scheduling.sequence import Sequence
 
@@ -14,8 +16,7 @@ class AddedSequence:
     num_cached_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(Struct, frozen=True, gc=False):
     sequence: Sequence
     num_tokens: int  # to process in this step
     new_block_ids: tuple[int, ...]

@@ -120,14 +120,16 @@ class Scheduler:
         self._num_in_flight -= 1
         self.prompt_budget.stepped()
         confirmed: list[tuple[Sequence, SampledToken]] = []
+        running, tokens, block_size = self.running, result.tokens, self.allocator.block_size
         for row in plan.rows:
             sequence = row.sequence
             sequence.num_plans_in_flight -= 1
-            is_running = sequence.sequence_id in self.running
+            is_running = sequence.sequence_id in running
             if is_running:
                 sequence.num_computed += row.num_tokens
-                self._publish_blocks(sequence)
-            token = result.tokens.get(sequence.sequence_id)
+                if sequence.num_computed >= (sequence.num_published_blocks + 1) * block_size:
+                    self._publish_blocks(sequence)
+            token = tokens.get(sequence.sequence_id)
             # A preempted sequence waits, and keeps the token that was under way; one that ended drops its
             # surplus.
             if row.samples and token is not None and (is_running or sequence in self.waiting):
@@ -151,7 +153,7 @@ class Scheduler:
 
     def _run_decodes(self, plan: StepPlan) -> None:
         for sequence in list(self.running.values()):
-            if sequence.sequence_id not in self.running or sequence.num_pending != 1:
+            if sequence.num_pending != 1 or sequence.sequence_id not in self.running:
                 continue  # preempted a moment ago, or a prompt, or all its output is on its way
             new_block_ids = self._grow(sequence)
             if new_block_ids is not None:
@@ -162,7 +164,10 @@ class Scheduler:
 
         None if the sequence itself had to give way.
         """
-        num_blocks = ceil_div(sequence.num_planned_computed + 1, self.allocator.block_size)
+        size = self.allocator.block_size
+        if sequence.num_planned_computed < len(sequence.block_ids) * size:
+            return ()
+        num_blocks = ceil_div(sequence.num_planned_computed + 1, size)
         while (block_ids := self.allocator.take(num_blocks - len(sequence.block_ids))) is None:
             youngest = next(reversed(self.running.values()))
             self._return_to_queue(youngest)

@@ -23,6 +23,7 @@ class Sequence:
     listener: Listener
     token_ids: array[int]  # prompt and confirmed output
     num_prompt_tokens: int  # a decoder's start tokens among them
+    max_tokens: int  # prompt and output, if nothing ends it before its limit
     num_first_tokens: int = 1  # that its first step must hold: with an encoder, the whole prompt
     matcher: Matcher | None = None  # where its grammar stands after the confirmed output
     block_ids: list[int] = field(default_factory=list)
@@ -53,15 +54,11 @@ class Sequence:
             listener,
             token_ids,
             num_prompt_tokens=len(token_ids),
+            max_tokens=len(token_ids) + request.max_new_tokens,
             num_first_tokens=len(token_ids) if decoder_start_token_ids else 1,
             matcher=None if request.grammar is None else request.grammar.matcher(),
             num_planned_tokens=len(token_ids),
         )
-
-    @property
-    def max_tokens(self) -> int:
-        """Prompt and output, if nothing ends it before its limit."""
-        return self.num_prompt_tokens + self.request.max_new_tokens
 
     @property
     def num_pending(self) -> int:
@@ -69,7 +66,7 @@ class Sequence:
 
         0 only once all output is planned.
         """
-        if self.num_planned_tokens - self.num_prompt_tokens >= self.request.max_new_tokens:
+        if self.num_planned_tokens >= self.max_tokens:
             return 0
         return self.num_planned_tokens - self.num_planned_computed
 

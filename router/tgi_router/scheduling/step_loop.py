@@ -15,10 +15,11 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import structlog
+from msgspec import structs
 
 from tgi_router.grammar.mask import GrammarBroken, MaskWorker
 from tgi_router.metrics import Metrics
@@ -288,6 +289,8 @@ class StepLoop:
 
     def _begin_masks(self) -> None:
         """Of the steps in flight whose sequences' last tokens are all known."""
+        if not any(step.needs_masks for step in self._in_flight):
+            return
         awaiting: set[Sequence] = set()  # the result of an earlier step will move their grammars on
         for step in self._in_flight:
             sampling = [row.sequence for row in step.plan.rows if row.samples]
@@ -346,7 +349,7 @@ class StepLoop:
             if sequence.matcher is not None:
                 try:
                     if sequence.matcher.advance(token.token_id):
-                        token = replace(token, ends_grammar=True)
+                        token = structs.replace(token, ends_grammar=True)
                 except GrammarBroken as error:
                     self._fail(sequence, str(error))
                     continue
@@ -376,10 +379,7 @@ class StepLoop:
         metrics.tgi_queue_size.set(len(scheduler.waiting))
         metrics.tgi_batch_current_size.set(len(scheduler.running))
         metrics.tgi_batch_current_max_tokens.set(
-            sum(
-                sequence.num_prompt_tokens + sequence.request.max_new_tokens
-                for sequence in scheduler.running.values()
-            )
+            sum([sequence.max_tokens for sequence in scheduler.running.values()])
         )
         metrics.tgi_kv_blocks_used.set(scheduler.allocator.num_held)
         metrics.tgi_prefix_cache_blocks.set(scheduler.allocator.prefix_cache.num_idle)

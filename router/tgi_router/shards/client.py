@@ -157,9 +157,9 @@ def encode_plan(plan: StepPlan) -> bytes:
     message = request.plan
     message.step_id = plan.step_id
     message.drop_sequence_ids.extend(plan.drop)
-    message.run_sequence_ids.extend(row.sequence.sequence_id for row in plan.rows)
-    message.run_num_tokens.extend(row.num_tokens for row in plan.rows)
-    message.run_num_new_blocks.extend(len(row.new_block_ids) for row in plan.rows)
+    message.run_sequence_ids.extend([row.sequence.sequence_id for row in plan.rows])
+    message.run_num_tokens.extend([row.num_tokens for row in plan.rows])
+    message.run_num_new_blocks.extend([len(row.new_block_ids) for row in plan.rows])
     message.await_masks = plan.awaits_masks
     for row in plan.rows:
         if row.new_block_ids:

@@ -6,6 +6,9 @@ context moves on:
 
     … context | held: tokens since the last clean end
     `told`, a beginning of the text of both
+
+Where tokens are bytes and nothing else (byte-level BPE), whole characters do not depend on their neighbours:
+what such a token says by itself is known from the last time, and nothing is decoded.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -20,13 +23,29 @@ Decode = Callable[[Sequence[int]], str]
 class Detokenizer:
     """One sequence's text so far. Special tokens stand for themselves, and end what was held back.
 
-    context: a few ids before the first one pushed.
+    context: a few ids before the first one pushed. decode_byte_level: where the tokenizer is byte-level, the
+    text of a token by itself.
     """
 
-    __slots__ = ("_context", "_decode", "_held", "_not_told", "_special_ids", "_told")
+    __slots__ = (
+        "_context",
+        "_decode",
+        "_decode_byte_level",
+        "_held",
+        "_not_told",
+        "_special_ids",
+        "_told",
+    )
 
-    def __init__(self, decode: Decode, special_ids: Collection[int], context: Sequence[int]) -> None:
+    def __init__(
+        self,
+        decode: Decode,
+        special_ids: Collection[int],
+        context: Sequence[int],
+        decode_byte_level: Callable[[int], str] | None = None,
+    ) -> None:
         self._decode = decode
+        self._decode_byte_level = decode_byte_level
         self._special_ids = special_ids
         self._context = list(context)
         self._told = whole_text(decode, self._context)
@@ -35,6 +54,12 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
+        if self._decode_byte_level is not None and not self._held and not self._not_told:
+            text = self._decode_byte_level(token_id)
+            if text and UNFINISHED not in text:
+                self._context = [token_id]
+                self._told = text
+                return text
         if token_id in self._special_ids and self._held:
             # Half a character before a special token stays half.
             self._held = []
@@ -43,7 +68,9 @@ class Detokenizer:
         text = self._decode(self._context + self._held)
         if text.endswith(UNFINISHED) and len(self._held) < MAX_HELD_TOKENS:
             return self._tell_whole_part(text)
-        added = text[len(self._told) :].removeprefix(self._not_told)
+        added = text[len(self._told) :]
+        if self._not_told:
+            added = added.removeprefix(self._not_told)
         if added or len(self._held) >= MAX_HELD_TOKENS:
             self._context = self._held
             self._told = self._decode(self._held)

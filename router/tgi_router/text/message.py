@@ -7,27 +7,25 @@ answer in one piece is their fold. So the two are equal whatever the text is and
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True)
-class Content:
+
+class Content(Struct, frozen=True, gc=False):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(Struct, frozen=True, gc=False):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallName:
+class CallName(Struct, frozen=True, gc=False):
     """A call begins. Deltas of one call follow one another; `index` counts the calls of an answer."""
 
     index: int
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallArguments:
+class CallArguments(Struct, frozen=True, gc=False):
     """The next piece of the JSON text of a call's arguments."""
 
     index: int

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import ByteLevel
 
 from tgi_router.text.detokenizer import UNFINISHED
 
@@ -55,6 +56,8 @@ class Tokenizer:
         self.special_tokens = special_tokens
         self.special_ids = _special_ids(tokenizer, special_tokens)
         self.decode_one = lru_cache(maxsize=1 << 16)(self._decode_one)
+        is_byte_level = isinstance(tokenizer.decoder, ByteLevel)
+        self.decode_byte_level = self.decode_one if is_byte_level else None  # see Detokenizer
 
     @classmethod
     def load(cls, folder: Path, *, num_workers: int, config_path: Path | None = None) -> "Tokenizer":
@@ -78,6 +81,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids that stand together, special tokens included."""
+        if len(token_ids) == 1:
+            return self.decode_one(token_ids[0])
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def to_json(self) -> str:
