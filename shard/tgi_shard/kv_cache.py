@@ -1,5 +1,7 @@
 """The KV tensors: one store a layer, cut into blocks that the router grants."""
 
+import math
+import mmap
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,7 +53,7 @@ class KVCache:
     def allocate(cls, shape: KVShape, num_blocks: int, block_size: int, device: torch.device) -> "KVCache":
         """Zeroed: a slot that nobody has written is masked, but 0 x NaN would still be NaN."""
         size = (num_blocks, block_size, shape.num_parts, shape.local_num_kv_heads, shape.head_dim)
-        stores = tuple(torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers))
+        stores = tuple(_zeros(size, shape.dtype, device) for _ in range(shape.num_layers))
         return cls(stores, num_blocks, block_size)
 
     @property
@@ -62,3 +64,12 @@ class KVCache:
     def slots(self, layer: int) -> Tensor:
         """A layer's store as a view with one row a slot: [num_blocks x block_size, 2, kv heads, head_dim]."""
         return self.stores[layer].flatten(0, 1)
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU the system clears each page when it is first written: gigabytes at once would take seconds."""
+    num_bytes = math.prod(size) * dtype.itemsize
+    if device.type != "cpu" or num_bytes == 0:
+        return torch.zeros(size, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(size)

@@ -95,7 +95,7 @@ def _load(settings: Settings, group: Group) -> LoadedModel:
     )
     seconds = max(time.monotonic() - began_at, 1e-3)
     log.info(
-        "Loaded %s (%s): %.2f GB in %.1f s, %.2f GB/s",
+        "Loaded %s (%s): %.2f GB in %.2f s, %.2f GB/s",
         settings.model_id,
         loaded.model_type,
         progress.bytes_done / 1e9,

@@ -34,7 +34,7 @@ from tgi_shard.slots import Slots
 
 log = logging.getLogger(__name__)
 
-CPU_STEP_TOKENS = 256
+CPU_STEP_TOKENS = 64
 
 # One row that passes through every processor, beside rows that pass through none.
 _EVERYTHING = SamplingParameters(
@@ -68,7 +68,7 @@ def warm_up(
 ) -> Engine:
     """An engine with as many KV blocks as the rank with the least memory holds. All ranks call it at once.
 
-    `on_step` is told how many seconds each step took. Raises NotEnoughMemory, on all ranks or on none.
+    `on_step` is told how many seconds the largest step takes. Raises NotEnoughMemory, on all ranks or on none.
     """
     # On the device a sequence has its decoder's start tokens as well.
     num_start_tokens = len(loaded.decoder_start_token_ids)
@@ -126,7 +126,8 @@ def _run_largest_step(
 ) -> int:
     """Run a step of max_step_tokens in as many sequences as may be, then a decode of each.
 
-    The bytes that the step needed above those that it found and left behind; 0 on a CPU.
+    On a CPU a shorter step: `on_step` gets what the largest would take, by its number of tokens. Returns the
+    bytes that the step needed above those that it found and left behind; 0 on a CPU.
     """
     num_tokens = limits.max_step_tokens
     if device.type == "cpu":
@@ -183,7 +184,7 @@ def _run_largest_step(
     for plan in (prefill, decode):
         began_at = time.monotonic()
         result = engine.finish(engine.step(plan))
-        on_step(time.monotonic() - began_at)
+        on_step((time.monotonic() - began_at) * limits.max_step_tokens / num_tokens)
         if result.failed:
             raise RuntimeError(f"the model fails at warm-up: {result.failed[0].message}")
     return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
