@@ -68,7 +68,7 @@ def warm_up(
 ) -> Engine:
     """An engine with as many KV blocks as the rank with the least memory holds. All ranks call it at once.
 
-    `on_step` is told how many seconds the largest step takes. Raises NotEnoughMemory, on all ranks or on none.
+    `on_step` is told the seconds of the largest step. Raises NotEnoughMemory, on all ranks or on none.
     """
     # On the device a sequence has its decoder's start tokens as well.
     num_start_tokens = len(loaded.decoder_start_token_ids)
