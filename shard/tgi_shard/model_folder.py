@@ -27,13 +27,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"There is no config.json in {folder}: it is not a model in the transformers format."
         )
-    return _read_json_object(path)
+    return read_json_object(path)
 
 
 def decoder_start_token_id(folder: Path) -> int | None:
     """What an encoder-decoder's answers begin with: from generation_config.json, else from config.json."""
     path = folder / "generation_config.json"
-    for config in (_read_json_object(path) if path.is_file() else {}, read_config(folder)):
+    for config in (read_json_object(path) if path.is_file() else {}, read_config(folder)):
         if isinstance(named := config.get("decoder_start_token_id"), int):
             return named
     return None
@@ -81,7 +81,7 @@ def weight_names(folder: Path, names: Iterable[str], extension: Extension) -> li
 def indexed_names(folder: Path, extension: Extension = ".safetensors") -> list[str]:
     """The weight files that the index in this folder names, sorted. [] if it has no index."""
     index = folder / f"{_DEFAULT_FILE[extension]}.index.json"
-    return sorted(set(_read_json_object(index)["weight_map"].values())) if index.is_file() else []
+    return sorted(set(read_json_object(index)["weight_map"].values())) if index.is_file() else []
 
 
 def local_names(folder: Path) -> list[str]:
@@ -138,7 +138,7 @@ def _link(target: Path, link: Path) -> None:
     fresh.replace(link)
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
