@@ -73,7 +73,7 @@ from tgi_shard.models.recurrent import backbone, mamba, mamba2
 from tgi_shard.models.rope_override import RopeOverride
 from tgi_shard.models.spec import DecoderSpec, HFConfig, UnsupportedModel
 from tgi_shard.weights import block_fp8
-from tgi_shard.weights.checkpoint import Checkpoint
+from tgi_shard.weights.checkpoint import Checkpoint, Rename
 from tgi_shard.weights.loading import Weights
 from tgi_shard.weights.packed import Packed
 
@@ -129,10 +129,9 @@ def load_model(
     Raises UnsupportedModel before any weight is read, CheckpointError where the weights are not what the
     config says; both are ModelErrors.
     """
-    config, rename = _read_config(model_path, trust_remote_code), None
-    if config.model_type in text_part.MODEL_TYPES:
-        whole_type, config, rename = config.model_type, text_part.config(config), text_part.name
-        log.info("The text model of this %s model is served; images are not available yet", whole_type)
+    config, rename = _read_text_config(model_path, trust_remote_code)
+    if rename is not None:
+        log.info("The text model (%s) alone is served; images are not available yet", config.model_type)
     _check_quantization(config)
     if through_transformers or config.model_type not in _OURS:
         # Imported here: transformers' modeling code takes seconds that models of ours need not spend.
@@ -171,9 +170,17 @@ def _warn_of_unread(weights: Weights, copies: tuple[str, ...]) -> None:
 
 def import_for(model_path: Path) -> None:
     """Import what `load_model` takes for this model, and read nothing but its config. Raises ModelError."""
-    config = _read_config(model_path, trust_remote_code=False)
+    config, _ = _read_text_config(model_path, trust_remote_code=False)
     if config.model_type not in _OURS:
         from tgi_shard.models import transformers_fallback  # noqa: F401
+
+
+def _read_text_config(model_path: Path, trust_remote_code: bool) -> tuple[HFConfig, Rename | None]:
+    """Of the whole model, or of the part that is served, with the names that this part's tensors have."""
+    config = _read_config(model_path, trust_remote_code)
+    if config.model_type in text_part.MODEL_TYPES:
+        return text_part.config(config), text_part.name
+    return config, None
 
 
 def _read_config(model_path: Path, trust_remote_code: bool) -> HFConfig:

@@ -28,6 +28,8 @@ _DTYPES = {  # safetensors' names
     "BOOL": torch.bool,
 }
 
+Rename = Callable[[str], str | None]  # a stored tensor -> what it is called here; None: it is not wanted
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -44,13 +46,13 @@ class Checkpoint:
     """Open files and where each tensor lies. Use as a context manager: tensors are read while it is open."""
 
     path: Path
-    rename: Callable[[str], str | None] | None = None  # what a tensor is called here; None: it is not wanted
+    rename: Rename | None = None
     _places: dict[str, _Place] = field(default_factory=dict)
     _open: dict[Path, Any] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
-    def open(cls, path: Path, rename: Callable[[str], str | None] | None = None) -> "Checkpoint":
+    def open(cls, path: Path, rename: Rename | None = None) -> "Checkpoint":
         """Raises ModelError if there are no weights, or a file is missing, cut short or not safetensors."""
         checkpoint = cls(path, rename)
         try:
