@@ -1,13 +1,15 @@
 """A stream of events: comments while there is nothing to tell, and an end when the client goes."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
 from tgi_router.answer import Answer, GeneratedToken
-from tgi_router.api.sse import KEEP_ALIVE, EventStream, frame
+from tgi_router.api.sse import KEEP_ALIVE, ClientWatch, EventStream, frame
 from tgi_router.connection import OUTLET
 from tgi_router.mailbox import Mailbox, News, Post
 
@@ -203,3 +205,19 @@ async def test_who_leaves_too_much_unread_loses_the_connection_at_once(
     assert outlet.is_aborted
     await serving
     assert closed == [True]
+
+
+async def test_what_a_watch_held_goes_with_it_and_not_with_the_collector() -> None:
+    gc.disable()
+    try:
+        client = Client()
+        alive = weakref.ref(client)
+        watch = ClientWatch(client.receive, Mailbox())
+        await asyncio.sleep(0)
+        watch.stop()
+        del watch, client
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -33,19 +33,22 @@ class ClientWatch:
     """Closes a mailbox when its client goes away. Starts once the body has been read."""
 
     def __init__(self, receive: Receive, mailbox: Mailbox) -> None:
-        self._receive = receive
-        self._mailbox = mailbox
-        self._task = asyncio.create_task(self._watch())
-
-    async def _watch(self) -> None:
-        while True:
-            message: Message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self._mailbox.close()
-                return
+        self._task = asyncio.create_task(_close_when_gone(receive, mailbox))
 
     def stop(self) -> None:
         self._task.cancel()
+
+
+async def _close_when_gone(receive: Receive, mailbox: Mailbox) -> None:
+    """No method of the watch: a cancelled task keeps its frames, which would keep the watch and so the task.
+
+    The whole request would hang on that circle, and wait for the garbage collector.
+    """
+    while True:
+        message: Message = await receive()
+        if message["type"] == "http.disconnect":
+            mailbox.close()
+            return
 
 
 class Events(Protocol):
