@@ -105,12 +105,16 @@ class SequentialLayer:
         x = self.attention(x, step)
         if self.post_attention_norm is not None:
             x = self.post_attention_norm(x)
-        hidden.add_(x, alpha=self.scale)
+        hidden.add_(self._scaled_(x))
         x = hidden if self.mlp_norm is None else self.mlp_norm(hidden)
         x = self.mlp(x)
         if self.post_mlp_norm is not None:
             x = self.post_mlp_norm(x)
-        hidden.add_(x, alpha=self.scale)
+        hidden.add_(self._scaled_(x))
+
+    def _scaled_(self, x: Tensor) -> Tensor:
+        """Rounded before it is added, as transformers does."""
+        return x if self.scale == 1.0 else x.mul_(self.scale)
 
 
 @dataclass(frozen=True, slots=True)
