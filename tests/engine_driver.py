@@ -20,10 +20,16 @@ MAX_SEQUENCES = 40
 
 
 def load_engine(
-    path: Path, *, num_blocks: int = 256, max_total_tokens: int = 200, group: Group = SINGLE
+    path: Path,
+    *,
+    num_blocks: int = 256,
+    max_total_tokens: int = 200,
+    group: Group = SINGLE,
+    dtype: torch.dtype = torch.float32,
+    deterministic: bool = False,
 ) -> Engine:
     device = torch.device("cpu")
-    loaded = load_model(path, dtype=torch.float32, device=device, group=group)
+    loaded = load_model(path, dtype=dtype, device=device, group=group, deterministic=deterministic)
     kv_shape = loaded.model.kv_shape
     block_size = BLOCK_SIZE if kv_shape.can_share_prefixes else max_total_tokens
     return Engine(

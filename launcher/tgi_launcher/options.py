@@ -150,6 +150,12 @@ class Options:
     kv_cache_dtype: Literal["fp8_e4m3fn", "fp8_e5m2"] | None = option(
         "Type of the KV cache. Not available yet."
     )
+    deterministic: bool = option(
+        "Answers that are equal bit for bit, tokens and logprobs, whatever else is served, however prompts "
+        "are cut, and through the death of shards; slower.",
+        default=False,
+        shard="--deterministic",
+    )
     trust_remote_code: bool = option(
         "Run Python code that comes with the model.",
         default=False,

@@ -276,11 +276,12 @@ def download_command(plan: Plan) -> Command:
 def memory_command(plan: Plan, model: str) -> Command:
     """Prints what the shards of `model` (a folder or hub id) would take; ends with 0 if it fits, else 1."""
     options = plan.options
-    names = ("revision", "dtype", "trust_remote_code", "huggingface_hub_cache", "cuda_memory_fraction")
-    values = _values(plan)
-    arguments, variables = forward(
-        "shard", {name: values[name] for name in (*names, "rope_scaling", "rope_factor", "max_total_tokens")}
+    names = (
+        *("revision", "dtype", "deterministic", "trust_remote_code", "huggingface_hub_cache"),
+        *("cuda_memory_fraction", "rope_scaling", "rope_factor", "max_total_tokens"),
     )
+    values = _values(plan)
+    arguments, variables = forward("shard", {name: values[name] for name in names})
     return Command(
         argv=(
             *("text-generation-server", "plan", model),

@@ -17,12 +17,24 @@ class Group:
 
     rank: int
     world_size: int
+    # Whether sums are taken in the order of the ranks. Otherwise that order may depend on where in a tensor a
+    # number stands, and on the tensor's size.
+    sums_in_order: bool = False
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, in place; returns `x`."""
         if self.world_size > 1 and x.numel() > 0:
+            if self.sums_in_order and self.world_size > 2:  # two numbers have one sum
+                return x.copy_(self._sum_in_order(x))
             dist.all_reduce(x)
         return x
+
+    def _sum_in_order(self, x: Tensor) -> Tensor:
+        first, *others = self.all_gather(x.unsqueeze(0), dim=0)
+        total = first.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        for part in others:
+            total += part
+        return total
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Every rank's `x` (all of one shape), concatenated in rank order along `dim`."""
@@ -61,6 +73,8 @@ def init_group(
     master_addr: str,
     master_port: int,
     timeout_s: float = 120.0,
+    *,
+    sums_in_order: bool = False,
 ) -> Group:
     """Meet the other ranks at `master_addr:master_port` (rank 0 listens there): NCCL on CUDA, gloo on CPU.
 
@@ -86,7 +100,7 @@ def init_group(
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    return Group(rank, world_size)
+    return Group(rank, world_size, sums_in_order)
 
 
 def close_group(group: Group) -> None:

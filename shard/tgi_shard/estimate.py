@@ -63,6 +63,7 @@ def estimate(
     num_ranks: int,
     rope_override: RopeOverride | None,
     trust_remote_code: bool = False,
+    deterministic: bool = False,
     memory_fraction: float,
     limits: Limits,
 ) -> Estimate:
@@ -75,6 +76,7 @@ def estimate(
             group=Group(rank, num_ranks),
             rope_override=rope_override,
             trust_remote_code=trust_remote_code,
+            deterministic=deterministic,
         )
         for rank in range(num_ranks)
     ]

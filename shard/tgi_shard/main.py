@@ -59,6 +59,11 @@ _trust_remote_code = click.option(
     default=False,
     help="Let Python code in the model's repository run.",
 )
+_deterministic = click.option(
+    "--deterministic/--no-deterministic",
+    default=False,
+    help="Equal answers bit for bit, whatever else is in the batch.",
+)
 
 
 @click.group()
@@ -77,6 +82,7 @@ def main() -> None:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: the checkpoint's own.")
 @click.option("--kv-cache-dtype", type=click.Choice(KV_CACHE_DTYPES))
 @_trust_remote_code
+@_deterministic
 @click.option(
     "--uds-path", default="/tmp/text-generation-server", show_default=True, help="-{rank} is appended."
 )
@@ -105,6 +111,7 @@ def serve(
     dtype: str | None,
     kv_cache_dtype: str | None,
     trust_remote_code: bool,
+    deterministic: bool,
     uds_path: str,
     logger_level: str,
     json_output: bool,
@@ -132,6 +139,7 @@ def serve(
             sharded=sharded,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            deterministic=deterministic,
             uds_path=uds_path,
             max_input_tokens=max_input_tokens,
             json_output=json_output,
@@ -203,6 +211,7 @@ def download_weights(
 @_revision
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: the checkpoint's own.")
 @_trust_remote_code
+@_deterministic
 @click.option("--num-shard", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--max-batch-prefill-tokens", type=click.IntRange(min=1), default=4096, show_default=True)
 @click.option("--max-batch-size", type=click.IntRange(min=1), default=128, show_default=True)
@@ -214,6 +223,7 @@ def plan(
     revision: str | None,
     dtype: str | None,
     trust_remote_code: bool,
+    deterministic: bool,
     num_shard: int,
     max_batch_prefill_tokens: int,
     max_batch_size: int,
@@ -230,6 +240,7 @@ def plan(
         sharded=False,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        deterministic=deterministic,
         uds_path="",
         max_input_tokens=None,
         json_output=False,
@@ -248,6 +259,7 @@ def plan(
             num_ranks=num_shard,
             rope_override=settings.rope_override,
             trust_remote_code=settings.trust_remote_code,
+            deterministic=settings.deterministic,
             memory_fraction=settings.memory_fraction,
             limits=Limits(max_batch_prefill_tokens, max_total_tokens or 0, max_batch_size),
         )
@@ -299,6 +311,7 @@ def _settings(
     sharded: bool,
     dtype: str | None,
     trust_remote_code: bool,
+    deterministic: bool,
     uds_path: str,
     max_input_tokens: int | None,
     json_output: bool,
@@ -362,6 +375,7 @@ def _settings(
         watermark_delta=_environment("WATERMARK_DELTA", float, 2.0),
         rope_override=RopeOverride(factor=rope_factor or 1.0) if has_rope_override else None,
         max_input_tokens=max_input_tokens,
+        deterministic=deterministic,
         json_output=json_output,
         logger_level=logger_level,
         otlp_endpoint=otlp_endpoint,

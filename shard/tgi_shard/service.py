@@ -63,7 +63,12 @@ def serve(settings: Settings) -> None:
     if settings.otlp_endpoint is not None:
         spans = SequenceSpans.to_collector(settings.otlp_endpoint, settings.otlp_service_name, settings.rank)
     group = init_group(
-        settings.rank, settings.world_size, settings.device, settings.master_addr, settings.master_port
+        settings.rank,
+        settings.world_size,
+        settings.device,
+        settings.master_addr,
+        settings.master_port,
+        sums_in_order=settings.deterministic,
     )
     thread = EngineThread()
     thread.start()
@@ -91,6 +96,7 @@ def _load(settings: Settings, group: Group) -> LoadedModel:
         group=group,
         rope_override=settings.rope_override,
         trust_remote_code=settings.trust_remote_code,
+        deterministic=settings.deterministic,
         progress=progress,
     )
     seconds = max(time.monotonic() - began_at, 1e-3)

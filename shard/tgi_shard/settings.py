@@ -26,6 +26,7 @@ class Settings:
     watermark_delta: float
     rope_override: RopeOverride | None
     max_input_tokens: int | None
+    deterministic: bool  # answers are equal bit for bit, whatever else happens
     json_output: bool
     logger_level: str
     otlp_endpoint: str | None = None  # of a collector that gets spans; None: nothing is traced

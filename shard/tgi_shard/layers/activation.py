@@ -40,11 +40,11 @@ def gate(activation: Activation, gate_up: Tensor) -> Tensor:
     return activation(first).mul_(second)
 
 
-def clamped_gate(alpha: float, limit: float, gate_up: Tensor) -> Tensor:
+def clamped_gate(alpha: float, limit: float, gate_up: Tensor, sigmoid: Activation = torch.sigmoid) -> Tensor:
     """gate x sigmoid(alpha x gate) x (up + 1), both clamped, of alternate columns: [.., 2n] -> [.., n].
 
     That of gpt-oss (OpenAI 2025, arXiv:2508.10925).
     """
     first, second = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
     first, second = first.clamp(max=limit), second.clamp(-limit, limit)
-    return first * torch.sigmoid(alpha * first) * (second + 1)
+    return first * sigmoid(alpha * first) * (second + 1)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from tgi_shard.distributed import Group
+from tgi_shard.layers.activation import Activation
 from tgi_shard.layers.linear import Linear
 from tgi_shard.layers.mlp import MLP
+
+_TILE = 64  # tokens: whole vectors, and too few for threads to share (layers/elementwise.py)
 
 # scores of all experts [num_tokens, num_experts] -> (weights, expert ids), both [num_tokens, chosen]
 Routing = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -99,16 +102,32 @@ class SparseMixer:
         return kept.softmax(-1).gather(-1, chosen)
 
 
+def routed_in_tiles(routing: Routing) -> Routing:
+    """The same routing in calls of one shape, so that a token's depends on its own scores alone."""
+
+    def routed(scores: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for part in scores.split(_TILE):
+            tile = part.new_zeros((_TILE, scores.shape[1]))
+            tile[: len(part)] = part
+            found.append(tuple(result[: len(part)] for result in routing(tile)))
+        weights, chosen = zip(*found, strict=True)
+        return torch.cat(weights), torch.cat(chosen)
+
+    return routed
+
+
 @dataclass(frozen=True, slots=True)
 class SharedExpert:
     """Sees every token, beside the chosen ones."""
 
     mlp: MLP
     gate: Linear | None  # to one feature: a sigmoid's weight for the expert's output
+    sigmoid: Activation
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self.mlp(x)
-        return out if self.gate is None else out.mul_(self.gate(x).sigmoid())
+        return out if self.gate is None else out.mul_(self.sigmoid(self.gate(x)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tgi_shard.attention.backend import Heads
-from tgi_shard.attention.reference import ReferenceAttention
 from tgi_shard.distributed import Group
 from tgi_shard.kv_cache import KVShape
 from tgi_shard.layers.embedding import Head, PositionEmbedding, TokenEmbedding, vocab_rows
@@ -29,9 +28,9 @@ from tgi_shard.models.decoder import (
 )
 from tgi_shard.models.latent_attention_weights import load_latent_attention
 from tgi_shard.models.mlp_weights import load_mlp
+from tgi_shard.models.numerics import Numerics
 from tgi_shard.models.part import Part
 from tgi_shard.models.spec import DecoderSpec, UnsupportedModel
-from tgi_shard.quantization.dense import Dense
 from tgi_shard.weights.loading import Weights
 
 
@@ -57,7 +56,7 @@ def check(spec: DecoderSpec, group: Group) -> None:
         )
 
 
-def load(spec: DecoderSpec, weights: Weights, group: Group) -> Decoder:
+def load(spec: DecoderSpec, numerics: Numerics, weights: Weights, group: Group) -> Decoder:
     """Read this rank's weights. Raises CheckpointError that names what is missing or has another shape."""
     dims, names = spec.dims, spec.names
     is_bare = f"{names.embedding}.weight" in weights  # an export of the decoder alone
@@ -67,7 +66,7 @@ def load(spec: DecoderSpec, weights: Weights, group: Group) -> Decoder:
         head_dim=dims.head_dim,
     )
     prefix = "" if is_bare else names.prefix
-    part = Part(spec, weights, group, prefix, heads, Dense(spec.weight_layout))
+    part = Part(spec, weights, group, prefix, heads, numerics, numerics.dense(spec.weight_layout))
     all_ropes = (rope_of(spec.attention, layer) for layer in range(dims.num_layers))
     ropes = tuple(dict.fromkeys(rope for rope in all_ropes if rope is not None))
     table = _embedding_table(part)
@@ -88,7 +87,7 @@ def load(spec: DecoderSpec, weights: Weights, group: Group) -> Decoder:
         final_norm=_norm(part, prefix, names.final_norm),
         project_out=_projection(part, names.project_out, dims.hidden_size, _embedding_size(part)),
         head=_head(part, table),
-        attention=ReferenceAttention(heads),
+        attention=numerics.attention(heads),
     )
 
 
@@ -145,7 +144,7 @@ def _head(part: Part, table: Tensor) -> Head:
     if spec.has_unit_head:
         table = F.normalize(table.float(), dim=-1).to(table.dtype)
     bias = weights.read(f"{module}.bias", (dims.vocab_size,)).float() if spec.head_bias else None
-    method = Dense()
+    method = part.numerics.dense("out_in")
     return Head(
         method=method,
         tensors=method.prepare({"weight": table}),

@@ -8,11 +8,11 @@ what they gathered of the latents becomes the head's output (`value_up`). Every 
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tgi_shard.layers.linear import Linear
 from tgi_shard.layers.norm import RMSNorm
+from tgi_shard.layers.per_head import AnyPerHead
 from tgi_shard.models.decoder import Step
 
 
@@ -21,17 +21,19 @@ class LatentAttentionLayer:
     index: int
     scale: float
     rotation: int  # in Step.rotations
+    num_heads: int  # this rank's
+    num_plain: int  # features of a query that do not turn
     query_rank: int  # of a query's narrow vector; 0: there is none
     down: Linear  # to the queries' narrow vector, the latent, and the shared key features that turn
     query_norm: RMSNorm | None
     query_up: Linear  # from the narrow vector, or the hidden states, to this rank's queries
     latent_norm: RMSNorm
-    key_up: Tensor  # [local heads, key features that do not turn, latent]
-    value_up: Tensor  # [local heads, latent, value features]
+    key_up: AnyPerHead  # of the local heads: from key features that do not turn to the latent's
+    value_up: AnyPerHead  # from the latent's features to the value's
     out: Linear
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        num_tokens, (num_heads, num_plain, num_latent) = len(x), self.key_up.shape
+        num_tokens, num_latent = len(x), len(self.latent_norm.weight)
         rotation = step.rotations[self.rotation]
         narrow = self.down(x)
         latents = narrow[:, self.query_rank :]
@@ -40,15 +42,13 @@ class LatentAttentionLayer:
 
         if self.query_norm is not None:
             x = self.query_norm(narrow[:, : self.query_rank])
-        heads = self.query_up(x).view(num_tokens, num_heads, -1)
-        query = heads.new_empty(num_tokens, num_heads, latents.shape[-1])
-        plain = heads[..., :num_plain].transpose(0, 1)
-        query[..., :num_latent] = torch.bmm(plain, self.key_up).transpose(0, 1)
-        query[..., num_latent:] = heads[..., num_plain:]
+        heads = self.query_up(x).view(num_tokens, self.num_heads, -1)
+        query = heads.new_empty(num_tokens, self.num_heads, latents.shape[-1])
+        query[..., :num_latent] = self.key_up(heads[..., : self.num_plain])
+        query[..., num_latent:] = heads[..., self.num_plain :]
         rotation.apply_(query[..., num_latent:])
 
         attended = step.plan.attend(
             self.index, query, latents[:, None, None], scale=self.scale, window=None
         ).view(query.shape)
-        values = torch.bmm(attended[..., :num_latent].transpose(0, 1), self.value_up)
-        return self.out(values.transpose(0, 1).reshape(num_tokens, -1))
+        return self.out(self.value_up(attended[..., :num_latent]).reshape(num_tokens, -1))

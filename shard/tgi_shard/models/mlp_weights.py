@@ -11,7 +11,7 @@ from tgi_shard.layers.mlp import MLP
 from tgi_shard.layers.moe import GroupedTopK, MoE, Routing, SharedExpert
 from tgi_shard.models import spec as specs
 from tgi_shard.models.part import Part, pieces
-from tgi_shard.quantization.dense import Dense
+from tgi_shard.quantization.method import LinearMethod
 from tgi_shard.weights.loading import Excerpt
 from tgi_shard.weights.mxfp4 import MXFP4
 from tgi_shard.weights.names import Experts
@@ -42,10 +42,11 @@ def _load_dense(
     *,
     is_summed: bool,
     between: Activation | None = None,
-    methods: tuple[Dense, Dense] | None = None,
+    methods: tuple[LinearMethod, LinearMethod] | None = None,
 ) -> MLP:
     """between: in place of the MLP's own activation or gate. methods: of the inner and the outer linear."""
-    hidden_size, activation = part.spec.dims.hidden_size, ACTIVATIONS[mlp.activation]
+    hidden_size = part.spec.dims.hidden_size
+    activation = part.numerics.elementwise(ACTIVATIONS[mlp.activation])
     in_method, out_method = methods or (part.method, part.method)
     return MLP(
         inner=column_parallel(part.weights, in_method, inner, hidden_size, mlp.has_bias),
@@ -76,7 +77,7 @@ def _load_moe(part: Part, moe: specs.MoE, names: Experts, prefix: str) -> MoE:
     return MoE(
         router=_load_router(part, moe, prefix + names.router),
         router_dtype=torch.float32 if moe.has_wide_router else part.weights.dtype,
-        routing=_routing(part, moe, names, prefix),
+        routing=part.numerics.routing(_routing(part, moe, names, prefix)),
         experts=experts,
         shared=_load_shared(part, moe, names, prefix),
         group=part.group,
@@ -85,7 +86,7 @@ def _load_moe(part: Part, moe: specs.MoE, names: Experts, prefix: str) -> MoE:
 
 
 def _load_router(part: Part, moe: specs.MoE, module: str) -> Linear:
-    hidden_size, method = part.spec.dims.hidden_size, Dense()
+    hidden_size, method = part.spec.dims.hidden_size, part.numerics.dense("out_in")
     if not moe.has_wide_router:
         return replicated(part.weights, method, module, hidden_size, moe.num_experts, moe.has_bias)
     assert not moe.has_bias
@@ -111,7 +112,8 @@ def _load_expert(part: Part, moe: specs.MoE, names: Experts, prefix: str, expert
         (module,) = modules  # its rows alternate: a rank's features of gate and up are one range
         start, stop = part.local(mlp.intermediate_size)
         inner = [Piece(prefix + module, 2 * start, 2 * stop, 2 * mlp.intermediate_size)]
-        between = partial(clamped_gate, *moe.clamped_gate)
+        sigmoid = part.numerics.elementwise(torch.sigmoid)
+        between = partial(clamped_gate, *moe.clamped_gate, sigmoid=sigmoid)
     return _load_dense(
         part,
         mlp,
@@ -119,7 +121,7 @@ def _load_expert(part: Part, moe: specs.MoE, names: Experts, prefix: str, expert
         prefix + names.mlp_out.format(expert=expert),
         is_summed=False,
         between=between,
-        methods=(Dense(moe.in_layout), Dense(moe.out_layout)),
+        methods=(part.numerics.dense(moe.in_layout), part.numerics.dense(moe.out_layout)),
     )
 
 
@@ -131,6 +133,15 @@ def _load_shared(part: Part, moe: specs.MoE, names: Experts, prefix: str) -> Sha
     scale = None
     if moe.shared_gate:
         scale = replicated(
-            part.weights, Dense(), prefix + names.shared_gate, part.spec.dims.hidden_size, 1, has_bias=False
+            part.weights,
+            part.numerics.dense("out_in"),
+            prefix + names.shared_gate,
+            part.spec.dims.hidden_size,
+            1,
+            has_bias=False,
         )
-    return SharedExpert(_load_dense(part, mlp, inner, prefix + names.shared_out, is_summed=False), scale)
+    return SharedExpert(
+        _load_dense(part, mlp, inner, prefix + names.shared_out, is_summed=False),
+        scale,
+        part.numerics.elementwise(torch.sigmoid),
+    )

@@ -6,8 +6,9 @@ from tgi_shard.attention.backend import Heads
 from tgi_shard.distributed import Group
 from tgi_shard.layers.linear import Piece
 from tgi_shard.layers.norm import AnyNorm, LayerNorm, RMSNorm, WideRMSNorm
+from tgi_shard.models.numerics import Numerics
 from tgi_shard.models.spec import DecoderSpec
-from tgi_shard.quantization.dense import Dense
+from tgi_shard.quantization.method import LinearMethod
 from tgi_shard.weights.loading import Weights
 
 
@@ -18,7 +19,8 @@ class Part:
     group: Group
     prefix: str  # of the whole model's names
     heads: Heads  # this rank's
-    method: Dense
+    numerics: Numerics
+    method: LinearMethod  # of weights stored in the layout of the spec
 
     @property
     def is_summed(self) -> bool:

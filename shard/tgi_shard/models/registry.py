@@ -68,6 +68,7 @@ from tgi_shard.models.encoder_decoder import bart, t5
 from tgi_shard.models.encoder_decoder import weights as encoder_decoder_weights
 from tgi_shard.models.encoder_decoder.spec import EncoderDecoderSpec
 from tgi_shard.models.model import Model
+from tgi_shard.models.numerics import DETERMINISTIC, FAST, Numerics
 from tgi_shard.models.recipe import Recipe
 from tgi_shard.models.recurrent import backbone, mamba, mamba2
 from tgi_shard.models.rope_override import RopeOverride
@@ -120,12 +121,14 @@ def load_model(
     rope_override: RopeOverride | None = None,
     trust_remote_code: bool = False,
     through_transformers: bool = False,
+    deterministic: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Read this rank's part of the model in `model_path`.
 
     dtype: None for the checkpoint's own. through_transformers: also a model that has a page of ours, to hold
-    the two ways against one another. progress(bytes_done, bytes_total) is called as tensors are read.
+    the two ways against one another. deterministic: see models/numerics.py; `group` sums in order then.
+    progress(bytes_done, bytes_total) is called as tensors are read.
     Raises UnsupportedModel before any weight is read, CheckpointError where the weights are not what the
     config says; both are ModelErrors.
     """
@@ -133,13 +136,15 @@ def load_model(
     if rename is not None:
         log.info("The text model (%s) alone is served; images are not available yet", config.model_type)
     _check_quantization(config)
+    if deterministic and (through_transformers or config.model_type not in BY_MODEL_TYPE):
+        raise UnsupportedModel(_not_deterministic(config.model_type))
     if through_transformers or config.model_type not in _OURS:
         # Imported here: transformers' modeling code takes seconds that models of ours need not spend.
         from tgi_shard.models import transformers_fallback
 
         recipe = transformers_fallback.recipe(config, dtype, rope_override, trust_remote_code)
     else:
-        recipe = _recipe(model_path, config, rope_override)
+        recipe = _recipe(model_path, config, rope_override, DETERMINISTIC if deterministic else FAST)
     recipe.check(group)
     with Checkpoint.open(model_path, rename) as checkpoint:
         chosen = _dtype(dtype, config, checkpoint)
@@ -232,7 +237,18 @@ def _packed(config: HFConfig, checkpoint: Checkpoint) -> dict[str, Packed]:
     return {**found}
 
 
-def _recipe(model_path: Path, config: HFConfig, rope_override: RopeOverride | None) -> Recipe:
+def _not_deterministic(model_type: str) -> str:
+    kind = "run by transformers' own code"
+    if model_type in ENCODER_DECODERS:
+        kind = "have an encoder"
+    elif model_type in RECURRENT:
+        kind = "are recurrent"
+    return f"--deterministic is not available for {model_type} models, which {kind}; start without it"
+
+
+def _recipe(
+    model_path: Path, config: HFConfig, rope_override: RopeOverride | None, numerics: Numerics
+) -> Recipe:
     if config.model_type in RECURRENT:
         return _recurrent(config, rope_override)
     if config.model_type in ENCODER_DECODERS:
@@ -243,7 +259,7 @@ def _recipe(model_path: Path, config: HFConfig, rope_override: RopeOverride | No
         max_positions=spec.dims.max_positions,
         copies=(f"{spec.names.head}.weight",),
         check=partial(decoder_weights.check, spec),
-        load=partial(decoder_weights.load, spec),
+        load=partial(decoder_weights.load, spec, numerics),
     )
 
 

@@ -30,21 +30,32 @@ class Dense:
         return (out_features, in_features) if self.layout == "out_in" else (in_features, out_features)
 
     def prepare(self, tensors: Tensors) -> Tensors:
-        weight = tensors["weight"] if self.layout == "out_in" else tensors["weight"].t().contiguous()
-        if can_pack(weight):
-            # A copy either way; on the meta device, which knows no formats, a plain one.
-            packed = weight.clone() if weight.is_meta else torch.ops.mkldnn._reorder_linear_weight(weight)
-            return {"packed": packed}
-        return {"weight": weight}
+        weight = self.out_in(tensors)
+        return pack(weight) if can_pack(weight) else {"weight": weight}
+
+    def out_in(self, tensors: Tensors) -> Tensor:
+        weight = tensors["weight"]
+        return weight if self.layout == "out_in" else weight.t().contiguous()
 
     def matmul(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        packed = tensors.get("packed")
-        if packed is not None:
+        if "packed" in tensors:
             num_rows = len(x)
             num_more = padded(num_rows) - num_rows
             x = F.pad(x, (0, 0, 0, num_more)) if num_more else x
-            return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")[:num_rows]
-        return F.linear(x, tensors["weight"], bias)
+            return linear(x, tensors, bias)[:num_rows]
+        return linear(x, tensors, bias)
+
+
+def linear(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
+    """x times a weight [out, in], packed or plain."""
+    if "packed" in tensors:
+        return torch.ops.mkldnn._linear_pointwise(x, tensors["packed"], bias, "none", [], "")
+    return F.linear(x, tensors["weight"], bias)
+
+
+def pack(weight: Tensor) -> Tensors:
+    # A copy either way; on the meta device, which knows no formats, a plain one.
+    return {"packed": weight.clone() if weight.is_meta else torch.ops.mkldnn._reorder_linear_weight(weight)}
 
 
 def padded(num_rows: int) -> int:
@@ -58,12 +69,12 @@ def padded(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
-def can_pack(weight: Tensor) -> bool:
+def can_pack(weight: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> bool:
     """A weight on the meta device stands for one on the device that this machine has."""
     is_on_cpu = weight.device.type == "cpu" or (weight.is_meta and not torch.cuda.is_available())
     return (
         is_on_cpu
-        and weight.dtype == torch.bfloat16
+        and weight.dtype in dtypes
         and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and (weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
