@@ -2,6 +2,7 @@
 
     python tests/faults/faults.py --faults 200
     python tests/faults/faults.py --faults 200 --num-shard 2 --kinds kill
+    python tests/faults/faults.py --faults 200 --deterministic --dtype bfloat16
 
 A fault of the kind `close` shuts the socket between router and shard down; `raise` makes a shard's next step
 raise (injected/sitecustomize.py). Linux only, and the processes must be allowed to trace their children.
@@ -81,8 +82,8 @@ class Answer:
     endings: dict[int, Any] = field(default_factory=dict)  # by choice: reason, whole text
     times: list[float] = field(default_factory=list)
 
-    def difference(self, other: "Answer") -> str | None:
-        """What of `other` is not as it is here; None if all is."""
+    def difference(self, other: "Answer", tolerance: float = LOGPROB_TOLERANCE) -> str | None:
+        """What of `other` is not as it is here; None if all is. tolerance: for logprobs."""
         for name in ("token_ids", "texts", "endings"):
             mine, its = getattr(self, name), getattr(other, name)
             if mine != its:
@@ -90,16 +91,21 @@ class Answer:
         if len(self.logprobs) != len(other.logprobs):
             return f"{len(other.logprobs)} logprobs instead of {len(self.logprobs)}"
         worst = max((abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True)), default=0.0)
-        return f"a logprob is off by {worst}" if worst > LOGPROB_TOLERANCE else None
+        return f"a logprob is off by {worst}" if worst > tolerance else None
 
 
 @dataclass(slots=True)
 class Report:
+    is_exact: bool = False  # logprobs must be equal too
     num_faults: dict[Fault, int] = field(default_factory=lambda: dict.fromkeys(get_args(Fault), 0))
     num_answers: int = 0
     num_disturbed: int = 0  # answers with a fault in their midst
     problems: list[str] = field(default_factory=list)
     pauses_s: list[float] = field(default_factory=list)
+
+    @property
+    def tolerance(self) -> float:
+        return 0.0 if self.is_exact else LOGPROB_TOLERANCE
 
     def describe(self) -> str:
         pauses = sorted(self.pauses_s)
@@ -188,8 +194,8 @@ def _note(answer: Answer, event: dict[str, Any]) -> None:
 
 
 def run(num_faults: int, seed: int, *args: str, kinds: Sequence[Fault] = get_args(Fault)) -> Report:
-    """args: options of the launcher."""
-    report, draw = Report(), random.Random(seed)
+    """args: options of the launcher. With --deterministic among them, logprobs must be equal too."""
+    report, draw = Report(is_exact="--deterministic" in args), random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_models.save("llama", Path(folder) / "model", seed=3)
         tiny_models.never_ends(model)
@@ -239,7 +245,7 @@ def _disturb(
                     report.num_answers += 1
                     report.num_disturbed += bool(pauses)
                     report.pauses_s += pauses
-                    if (difference := expected[stream.name].difference(answer)) is not None:
+                    if (difference := expected[stream.name].difference(answer, report.tolerance)) is not None:
                         report.problems.append(f"{stream.name}: {difference}")
 
     with _running([threading.Thread(target=client, args=(stream,)) for stream in streams], is_over):
@@ -334,8 +340,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-shard", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", choices=get_args(Fault), default=get_args(Fault))
+    parser.add_argument("--dtype")
+    parser.add_argument("--deterministic", action="store_true")
     options = parser.parse_args()
-    args = ("--num-shard", str(options.num_shard))
+    args = ["--num-shard", str(options.num_shard)]
+    if options.dtype is not None:
+        args += ["--dtype", options.dtype]
+    if options.deterministic:
+        args.append("--deterministic")
     report = run(options.faults, options.seed, *args, kinds=options.kinds)
     for problem in report.problems[:20]:
         print(problem[:500])

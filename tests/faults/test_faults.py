@@ -17,6 +17,14 @@ def test_every_stream_says_what_it_would_have_said() -> None:
     check(report)
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_shard", [1, 2])
+def test_bit_for_bit_in_half_precision(num_shard: int) -> None:
+    """With 16 streams at a time, where each was alone before, and a death in their midst."""
+    exact = ("--deterministic", "--dtype", "bfloat16", "--num-shard", str(num_shard))
+    check(run(1, 3, *exact, kinds=("kill",)))
+
+
 @pytest.mark.matrix
 @pytest.mark.timeout(14400)
 @pytest.mark.parametrize("num_shard", [1, 2])
@@ -27,6 +35,8 @@ def test_two_hundred_faults(num_shard: int) -> None:
 def test_a_difference_would_be_seen() -> None:
     said = Answer({0: "ab"}, [1, 2], [-0.5, -1.0], {0: ("ab", "length", 2)})
     assert said.difference(Answer({0: "ab"}, [1, 2], [-0.5001, -1.0], {0: ("ab", "length", 2)})) is None
+    assert said.difference(Answer({0: "ab"}, [1, 2], [-0.5, -1.0], {0: ("ab", "length", 2)}), 0.0) is None
+    assert said.difference(Answer({0: "ab"}, [1, 2], [-0.5001, -1.0], {0: ("ab", "length", 2)}), 0.0)
     for other in (
         Answer({0: "abb"}, [1, 2, 2], [-0.5, -1.0, -1.0], {0: ("abb", "length", 3)}),  # doubled
         Answer({0: "a"}, [1], [-0.5], {0: ("a", "length", 1)}),  # lost
