@@ -47,6 +47,7 @@ PHASES = {
 class Start:
     is_cold: bool
     total_s: float
+    cpu_s: float  # of all its processes until then: what it costs however busy the machine is
     plain_read_s: float  # of the same files, just before
     loading_s: float  # as the shard tells it
     num_bytes: int
@@ -83,17 +84,26 @@ def measure(model: Path, launcher_args: list[str], *, is_cold: bool) -> Start:
     with serving(str(model), ["--json-output", *launcher_args]) as server:
         wait_until_ready(server)
         total_s = time.monotonic() - began_at
+        cpu_s = cpu_seconds(server)
         lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     loading_s, phases = read_log(lines, began)
     return Start(
         is_cold=is_cold,
         total_s=total_s,
+        cpu_s=cpu_s,
         plain_read_s=plain_read_s,
         loading_s=loading_s,
         num_bytes=sum(file.stat().st_size for file in files),
         phases=phases,
         load_average=load_average,
     )
+
+
+def cpu_seconds(server: Server) -> float:
+    """Of the processes that run, and of those that the launcher has seen end."""
+    times = [process.cpu_times() for process in server.processes().values()]
+    ended = server.launcher.cpu_times()
+    return sum(of.user + of.system for of in times) + ended.children_user + ended.children_system
 
 
 def drop(files: list[Path]) -> None:
@@ -165,7 +175,8 @@ def _message(line: dict[str, Any]) -> str:
 
 def _line(start: Start) -> str:
     return (
-        f"{'cold' if start.is_cold else 'warm'}: ready after {start.total_s:.1f} s; weights in "
+        f"{'cold' if start.is_cold else 'warm'}: ready after {start.total_s:.1f} s, of which its processes "
+        f"computed {start.cpu_s:.1f} s; weights in "
         f"{start.loading_s:.1f} s, read plainly in {start.plain_read_s:.2f} s; load average "
         f"{start.load_average:.1f}"
     )
@@ -175,6 +186,9 @@ def describe(starts: list[Start]) -> str:
     """Medians, cold and warm."""
     both = [[start for start in starts if start.is_cold is is_cold] for is_cold in (True, False)]
     rows = [("launcher start to ready, s", [_median(start.total_s for start in of) for of in both])]
+    rows.append(
+        ("its processes' CPU time until then, s", [_median(start.cpu_s for start in of) for of in both])
+    )
     rows.append(("  of it: reading weights, s", [_median(start.loading_s for start in of) for of in both]))
     for phase in PHASES:
         rows.append((f"  {phase}, s", [_median(start.phases[phase] for start in of) for of in both]))
