@@ -186,13 +186,11 @@ def describe(starts: list[Start]) -> str:
     """Medians, cold and warm."""
     both = [[start for start in starts if start.is_cold is is_cold] for is_cold in (True, False)]
     rows = [("launcher start to ready, s", [_median(start.total_s for start in of) for of in both])]
-    rows.append(
-        ("its processes' CPU time until then, s", [_median(start.cpu_s for start in of) for of in both])
-    )
     rows.append(("  of it: reading weights, s", [_median(start.loading_s for start in of) for of in both]))
     for phase in PHASES:
         rows.append((f"  {phase}, s", [_median(start.phases[phase] for start in of) for of in both]))
     rows += [
+        ("CPU time of all its processes, s", [_median(start.cpu_s for start in of) for of in both]),
         (
             "weights, GB/s",
             [_median(start.num_bytes / 1e9 / start.loading_s for start in of) for of in both],

@@ -17,6 +17,17 @@ class NoConfig(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Latents:
+    """DeepSeek's attention by way of narrow vectors (arXiv:2405.04434): the cache holds one a token."""
+
+    query_rank: int | None  # None: queries come from the hidden states
+    kv_rank: int
+    plain_dim: int  # of a head's keys, those that do not turn
+    rope_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """None: config.json does not say."""
 
@@ -24,6 +35,8 @@ class ModelInfo:
     max_position_embeddings: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
+    expert_size: int | None = None  # the same of an expert, where that differs
+    latents: Latents | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
     num_layers: int | None = None
@@ -34,6 +47,7 @@ class ModelInfo:
     num_experts_per_token: int = 1
     num_shared_experts: int = 0
     num_experts: int = 1
+    num_routed_experts: int = 0  # of DeepSeek and Qwen, which name them otherwise
 
 
 def local_folder(model_id: str) -> Path | None:
@@ -86,6 +100,8 @@ def read(config: Any) -> ModelInfo:
         else _whole(config, "max_position_embeddings", "max_seq_len", "n_positions"),
         hidden_size=hidden_size,
         intermediate_size=_whole(config, "intermediate_size"),
+        expert_size=_whole(config, "moe_intermediate_size"),
+        latents=_latents(config),
         num_heads=num_heads,
         num_kv_heads=_whole(config, "num_key_value_heads") or num_heads,
         num_layers=_whole(config, "num_hidden_layers", "n_layer"),
@@ -96,7 +112,14 @@ def read(config: Any) -> ModelInfo:
         num_experts_per_token=_whole(config, "num_experts_per_tok") or 1,
         num_shared_experts=_whole(config, "n_shared_experts") or 0,
         num_experts=_whole(config, "num_local_experts") or 1,
+        num_routed_experts=_whole(config, "n_routed_experts", "num_experts") or 0,
     )
+
+
+def _latents(config: dict[str, Any]) -> Latents | None:
+    fields = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    sizes = [size for size in (_whole(config, field) for field in fields) if size is not None]
+    return Latents(_whole(config, "q_lora_rank"), *sizes) if len(sizes) == len(fields) else None
 
 
 def _head_dim(

@@ -1,12 +1,13 @@
 """How many tokens a step may process when nobody said: from the model's size and the GPU's speed and memory.
 
-The formulas are those of launcher.md, section 4.6.
+The formulas are those of launcher.md, section 4.6, and in their sense for what TGI leaves out: attention by
+way of latents, and experts of a size of their own.
 """
 
 import math
 
 from tgi_launcher.devices import Devices
-from tgi_launcher.model_info import ModelInfo
+from tgi_launcher.model_info import Latents, ModelInfo
 
 CPU_TOKENS = 512  # a step must not stall the running streams for seconds
 FALLBACK_TOKENS = 4096
@@ -75,7 +76,11 @@ def _optimal(model: ModelInfo, devices: Devices, num_shard: int, warnings: list[
     ):
         return None
     attention = 2 * model.head_dim * model.hidden_size * (3 * model.num_heads + 2 * model.num_kv_heads)
-    mlp_width = model.intermediate_size * (model.num_experts_per_token + model.num_shared_experts)
+    if model.latents is not None:
+        attention = 2 * _latent_weights(model.latents, model.hidden_size, model.num_heads)
+    mlp_width = (model.expert_size or model.intermediate_size) * (
+        model.num_experts_per_token + model.num_shared_experts
+    )
     flops_per_token = model.num_layers * (attention + 6 * model.hidden_size * mlp_width)
     return math.floor(tflops * 1e12 * num_shard / flops_per_token)
 
@@ -98,8 +103,13 @@ def _fitting(
         return None
     available = math.floor(devices.memory_bytes * num_shard * memory_fraction)
     # TGI forgets to multiply the QKV projection by the hidden size, which promises memory that is not there.
-    mlp = 3 * model.intermediate_size * model.num_experts * model.hidden_size
+    num_experts = max(model.num_experts, model.num_routed_experts + model.num_shared_experts)
+    mlp = 3 * (model.expert_size or model.intermediate_size) * num_experts * model.hidden_size
     attention = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.hidden_size
+    key_values = 4 * model.num_kv_heads * model.head_dim * model.num_layers
+    if model.latents is not None:
+        attention = _latent_weights(model.latents, model.hidden_size, model.num_heads)
+        key_values = 2 * (model.latents.kv_rank + model.latents.rope_dim) * model.num_layers
     weights = 2 * (model.num_layers * (mlp + attention) + 2 * model.hidden_size * model.vocab_size)
     if weights > available:
         warnings.append(
@@ -107,9 +117,19 @@ def _fitting(
             f"Model {_gigabytes(weights)}."
         )
         return None
-    key_values = 4 * model.num_kv_heads * model.head_dim * model.num_layers
     activations = 6 * model.num_experts * (model.intermediate_size + model.intermediate_size // 2)
     return (available - weights) // (key_values + activations)
+
+
+def _latent_weights(latents: Latents, hidden_size: int, num_heads: int) -> int:
+    """Of a layer's attention; each is multiplied by once a token."""
+    query_dim = num_heads * (latents.plain_dim + latents.rope_dim)
+    queries = hidden_size * query_dim
+    if latents.query_rank is not None:
+        queries = latents.query_rank * (hidden_size + query_dim)
+    down = hidden_size * (latents.kv_rank + latents.rope_dim)
+    up = latents.kv_rank * num_heads * (latents.plain_dim + latents.value_dim)
+    return queries + down + up + num_heads * latents.value_dim * hidden_size
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -18,14 +18,10 @@ def test_a_dropped_file_is_out_of_the_page_cache(tmp_path: Path) -> None:
         "before = start.resident_share(file); start.drop([file]); after = start.resident_share(file);"
         "start.read_plainly([file]); print(before, after, start.resident_share(file))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(file)],
-        cwd=BENCH,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    command = [sys.executable, "-c", code, str(file)]
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, timeout=60, check=False)
+    if "stay in the page cache" in done.stderr:
+        pytest.skip("a file system in memory keeps its pages")
     assert done.stdout.split() == ["1.0", "0.0", "1.0"]
 
 

@@ -1,6 +1,7 @@
 """Plans as plain calls: options in, argv and environment of every process out."""
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -475,6 +476,26 @@ def test_prefill_budget_on_gpus() -> None:
     unknown = Devices(num_visible=1, card="nvidia-x", memory_bytes=None, num_cores=8)
     assert plan(devices=unknown).max_batch_prefill_tokens == 4096
     assert plan(devices=unknown, model=ModelInfo(model_type="gemma3")).max_batch_prefill_tokens == 8000
+
+
+DEEPSEEK_V2_LITE = {
+    "model_type": "deepseek_v2",
+    **{"hidden_size": 2048, "num_hidden_layers": 27, "vocab_size": 102400, "intermediate_size": 10944},
+    **{"num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512},
+    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "moe_intermediate_size": 1408},
+    **{"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
+}
+
+
+def test_latents_and_experts_of_their_own_size_are_counted() -> None:
+    """The authors: 15.7 billion parameters, 2.4 billion of them for each token."""
+    model = read(DEEPSEEK_V2_LITE)
+    large = Devices(num_visible=1, card="nvidia-h100", memory_bytes=80 << 30, num_cores=8)
+    budget = plan(devices=large, model=model).max_batch_prefill_tokens
+    assert budget == pytest.approx(900e12 / (2 * 2.4e9), rel=0.1)
+    small = Devices(num_visible=1, card="nvidia-a10g", memory_bytes=22 << 30, num_cores=8)
+    (warning,) = messages(plan(devices=small, model=model), Level.WARN)
+    assert float(re.search(r"Model ([\d.]+)GB", warning).group(1)) == pytest.approx(2 * 15.7, rel=0.05)
 
 
 def test_config_fields_have_several_names() -> None:
