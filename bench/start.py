@@ -101,7 +101,8 @@ def measure(model: Path, launcher_args: list[str], *, is_cold: bool) -> Start:
 
 def cpu_seconds(server: Server) -> float:
     """Of the processes that run, and of those that the launcher has seen end."""
-    times = [process.cpu_times() for process in server.processes().values()]
+    running = [server.launcher, *server.launcher.children(recursive=True)]
+    times = [process.cpu_times() for process in running]
     ended = server.launcher.cpu_times()
     return sum(of.user + of.system for of in times) + ended.children_user + ended.children_system
 
