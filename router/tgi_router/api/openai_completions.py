@@ -139,22 +139,23 @@ class _ChoiceWriter:
         if self._answer.is_cancelled:
             yield from self.next_pieces(None)
 
-    def next_pieces(self, token: GeneratedToken | None) -> Iterator[CompletionChoice]:
+    def next_pieces(self, token: GeneratedToken | None) -> list[CompletionChoice]:
         """What a token adds. None: the answer was cancelled."""
         is_last = token is None or self._answer.ends_with(token)
         reason = finish_reason_of(self._answer) if is_last else None
+        pieces = []
         if self._echoes:
             self._echoes = False
             logprobs = None if self._logprobs is None else self._logprobs.prompt()
             text = self._answer.request.prompt
-            yield CompletionChoice(self._index, text, logprobs, None if self._shows_output else reason)
-        if not self._shows_output:
-            return
-        if token is None:
-            yield CompletionChoice(self._index, self._answer.rest, None, reason)
-        else:
+            echo_reason = None if self._shows_output else reason
+            pieces.append(CompletionChoice(self._index, text, logprobs, echo_reason))
+        if token is None and self._shows_output:
+            pieces.append(CompletionChoice(self._index, self._answer.rest, None, reason))
+        elif token is not None and self._shows_output:
             logprobs = None if self._logprobs is None else self._logprobs.token(token)
-            yield CompletionChoice(self._index, token.shown, logprobs, reason)
+            pieces.append(CompletionChoice(self._index, token.shown, logprobs, reason))
+        return pieces
 
 
 def folded(pieces: Iterator[CompletionChoice]) -> CompletionChoice:
@@ -225,15 +226,21 @@ class _FrameWriter:
             encode_json(served.model_name),
             encode_json(served.system_fingerprint),
         )
+        null_usage = b',"usage":null' if self.wants_usage_chunk else b""
+        self._before_choice = b'data: {%b,"choices":[' % self._head
+        self._after_choice = b"],%b%b}\n\n" % (self._tail, null_usage)
 
     def chunk(self, choice: CompletionChoice, answer: Answer) -> bytes:
-        choices = b'"choices":[%b]' % encode_json(choice)
-        if choice.finish_reason is not None and self._usage_on_last:
-            num_generated = 0 if self._echoes_only else len(answer.token_ids)
-            usage = encode_json(Usage.of(len(answer.request.prompt_token_ids), num_generated))
-            return b'data: {%b,%b,%b,"usage":%b}\n\n' % (self._head, self._tail, choices, usage)
-        null_usage = b',"usage":null' if self.wants_usage_chunk else b""
-        return b"data: {%b,%b,%b%b}\n\n" % (self._head, choices, self._tail, null_usage)
+        if choice.finish_reason is None or not self._usage_on_last:
+            return self._before_choice + encode_json(choice) + self._after_choice
+        num_generated = 0 if self._echoes_only else len(answer.token_ids)
+        usage = encode_json(Usage.of(len(answer.request.prompt_token_ids), num_generated))
+        return b'data: {%b,%b,"choices":[%b],"usage":%b}\n\n' % (
+            self._head,
+            self._tail,
+            encode_json(choice),
+            usage,
+        )
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return b'data: {%b,"choices":[],%b,"usage":%b}\n\n' % (self._head, self._tail, encode_json(usage))
