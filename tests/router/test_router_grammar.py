@@ -1,6 +1,7 @@
 """Grammars in the router: what is refused, masks in the step loop before scripted shards, the routes."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ from router_app import Running, running
 from scripted_shard import ScriptedShard, next_token
 from tgi_router.grammar.compile import MAX_COMPILE_S, GrammarCompiler
 from tgi_router.grammar.mask import Grammar, MaskWorker
-from tgi_router.grammar.sentry import MODULE, NICENESS
+from tgi_router.grammar.sentry import MODULE, NICENESS, NUM_PROCESSES
 from tgi_router.grammar.source import AskedGrammar, GrammarError, source_of
 from tgi_router.request import Request, Sampling
 from tgi_router.text.tokenizer import Tokenizer
@@ -261,11 +262,43 @@ async def test_without_an_end_token_the_grammar_ends_the_answer(tmp_path: Path) 
     await compiler.close()
 
 
+def sentries() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if MODULE in child.cmdline()]
+
+
 async def test_trying_a_grammar_gives_way_to_the_rest(compiler: GrammarCompiler) -> None:
     await compiler.compile(LETTERS)
-    trying = [child for child in psutil.Process().children() if MODULE in child.cmdline()]
-    assert trying
-    assert {child.nice() for child in trying} == {min(psutil.Process().nice() + NICENESS, 19)}
+    assert min(psutil.Process().nice() + NICENESS, 19) in {child.nice() for child in sentries()}
+
+
+async def test_a_monster_ends_in_a_child_and_the_process_goes_on(compiler: GrammarCompiler) -> None:
+    await compiler.ready()
+    before = sentries()
+    assert len(before) == NUM_PROCESSES
+    for number in range(NUM_PROCESSES + 1):
+        with pytest.raises(GrammarError, match="does not compile within"):
+            await compiler.compile(AskedGrammar("json", patterns(30 + number)))
+    assert sentries() == before  # no new one had to start
+    assert isinstance(await compiler.compile(LETTERS), Grammar)
+    until = time.monotonic() + MAX_COMPILE_S + 30  # the last one's time is up on its own clock
+    while any(process.children() for process in before):
+        assert time.monotonic() < until
+        await asyncio.sleep(0.05)
+
+
+async def test_a_process_that_died_is_replaced(compiler: GrammarCompiler) -> None:
+    await compiler.ready()
+    for process in sentries():
+        process.kill()
+        process.wait()
+    with pytest.raises(GrammarError, match="it takes too much memory to compile"):
+        await compiler.compile(AskedGrammar("regex", "a"))
+    until = time.monotonic() + 60
+    grammar = None
+    while grammar is None:
+        assert time.monotonic() < until
+        with contextlib.suppress(GrammarError):  # on busy cores a process is not there in time
+            grammar = await compiler.compile(AskedGrammar("regex", "a"))
 
 
 # Over HTTP

@@ -206,7 +206,7 @@ async def test_truncate_keeps_the_end_and_bos(validator: Validator) -> None:
 
 def test_truncated() -> None:
     def cut(truncate: int | None, num_leading: int = 1) -> tuple[int, ...]:
-        return truncated(Encoded([0, 1, 2, 3], [(0, 0)] * 4, num_leading), truncate)
+        return truncated(Encoded([0, 1, 2, 3], num_leading, []), truncate)
 
     assert cut(None) == (0, 1, 2, 3)
     assert cut(4) == (0, 1, 2, 3)

@@ -306,7 +306,7 @@ def draft_of(body: GenerateBody) -> Draft:
 async def tokenized(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[TokenizedToken]:
     """Raises ValidationError."""
     try:
-        encoded = await tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        encoded = await tokenizer.encode(text, add_special_tokens=add_special_tokens, with_offsets=True)
     except Exception as error:  # the tokenizer library raises bare Exception
         raise ValidationError(f"tokenizer error {error}") from error
     byte_at = byte_offsets(text)

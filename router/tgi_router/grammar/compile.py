@@ -15,10 +15,10 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from tgi_router.grammar.mask import Grammar, Vocabulary
-from tgi_router.grammar.sentry import LIMITS, CheckFailed, Sentry
+from tgi_router.grammar.sentry import LIMITS, MAX_CHECK_S, CheckFailed, Sentry
 from tgi_router.grammar.source import AskedGrammar, GrammarError, Source, source_of
 
-MAX_COMPILE_S = 1.5
+MAX_COMPILE_S = MAX_CHECK_S
 NUM_THREADS = 2
 NUM_REMEMBERED = 64
 MAX_MESSAGE_CHARACTERS = 500
@@ -38,7 +38,10 @@ class GrammarCompiler:
         self._tokenizer = self._threads.submit(_load, tokenizer_json, vocab_size, frozenset(eos_token_ids))
 
     async def ready(self) -> None:
-        """The tokenizer has been read: nothing of this object holds the GIL for long from now on."""
+        """The tokenizer has been read, the sentry's processes run: nothing of this object holds the GIL for
+        long from now on.
+        """
+        await self._sentry.start()
         with contextlib.suppress(ValueError):  # told in the log, and to every client that asks for a grammar
             await asyncio.wrap_future(self._tokenizer)
 

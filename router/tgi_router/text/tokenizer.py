@@ -39,8 +39,10 @@ class TokenizerUnavailable(Exception):
 @dataclass(frozen=True, slots=True)
 class Encoded:
     token_ids: list[int]
-    offsets: list[tuple[int, int]]  # in characters of the text; (0, 0) for an added special token
     num_leading_special: int  # special tokens that the tokenizer put in front (BOS)
+    # In characters of the text; (0, 0) for an added special token. Empty if not asked for: so many pairs hold
+    # the GIL for milliseconds where the prompt is long.
+    offsets: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -74,10 +76,10 @@ class Tokenizer:
         special_tokens = read_special_tokens(folder, config_path)
         return cls(tokenizer, special_tokens, num_workers=num_workers)
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> Encoded:
+    async def encode(self, text: str, *, add_special_tokens: bool, with_offsets: bool = False) -> Encoded:
         """Raises what the tokenizer raises."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._workers, self._encode, text, add_special_tokens)
+        return await loop.run_in_executor(self._workers, self._encode, text, add_special_tokens, with_offsets)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids that stand together, special tokens included."""
@@ -112,11 +114,11 @@ class Tokenizer:
     def close(self) -> None:
         self._workers.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> Encoded:
+    def _encode(self, text: str, add_special_tokens: bool, with_offsets: bool) -> Encoded:
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         mask = encoding.special_tokens_mask
         num_leading_special = mask.index(0) if 0 in mask else len(mask)
-        return Encoded(encoding.ids, encoding.offsets, num_leading_special)
+        return Encoded(encoding.ids, num_leading_special, encoding.offsets if with_offsets else [])
 
 
 def read_special_tokens(folder: Path, config_path: Path | None = None) -> dict[str, str | list[str]]:
