@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgi_shard.model_folder import ModelError
+from tgi_shard.model_folder import ModelError, read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,12 +58,15 @@ def convert(source: Path, folder: Path, *, trust_remote_code: bool) -> None:
 
 
 def _through_transformers(source: Path, trust_remote_code: bool) -> "Tokenizer":
-    from transformers import AutoTokenizer  # slow to import, and most models never come here
+    from transformers import AutoTokenizer, GPT2Tokenizer  # slow to import
 
+    described = source / "tokenizer_config.json"
+    named = read_json_object(described).get("tokenizer_class") if described.is_file() else None
+    is_gpt2 = named in ("GPT2Tokenizer", "GPT2TokenizerFast") and (source / "merges.txt").is_file()
+    # For some of the families that use it (GPT-BigCode) AutoTokenizer knows no class.
+    loader: Any = GPT2Tokenizer if is_gpt2 else AutoTokenizer
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            source, use_fast=True, trust_remote_code=trust_remote_code
-        )
+        tokenizer = loader.from_pretrained(source, use_fast=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the model's own code and the converters raise
         raise ModelError(
             f"The tokenizer of {source} cannot be converted to tokenizer.json: {error}"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from tgi_shard import fast_tokenizer
 from tgi_shard.model_folder import ModelError
@@ -125,6 +125,33 @@ def test_tokens_that_were_added_to_a_model(tmp_path: Path) -> None:
     (folder / "added_tokens.json").write_text(json.dumps({"<|end|>": 430}))
     with pytest.raises(ModelError, match=r"has no place for '<\|end\|>' as 430"):
         converted(folder)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "begin"),
+    [
+        ("gpt_bigcode", {"bos_token": "<s>"}, []),
+        ("opt", {"bos_token": "</s>", "unk_token": "</s>", "add_bos_token": True}, ["</s>"]),
+    ],
+)
+def test_vocabulary_and_merges_of_byte_level_bpe(
+    model_type: str, config: dict[str, Any], begin: list[str], tmp_path: Path
+) -> None:
+    merges = ["h e", "l l", "he ll", "Ġ w"]
+    pieces = [
+        "<s>",
+        "</s>",
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *(m.replace(" ", "") for m in merges),
+    ]
+    (tmp_path / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"} | config
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = converted(tmp_path)
+    assert tokenizer.encode("hell wo").ids == [*map(pieces.index, [*begin, "hell", "Ġw", "o"])]
+    assert tokenizer.decode(tokenizer.encode("wörld 日").ids) == "wörld 日"
 
 
 def test_a_model_file_that_is_none(tmp_path: Path) -> None:
