@@ -53,7 +53,8 @@ Rope scalings: linear, dynamic, llama3, yarn, longrope. Dynamic and longrope tur
 position alone, as transformers does when it decodes token by token: a prefix of one sequence can then be
 shared by another.
 
-Of models that take images too ({with_images}) the text model is served; images are not available yet.
+Of models that take images too ({with_images}) the text model is served; images are not
+available yet, and a prompt with one, `![](...)`, is refused.
 
 Checkpoints in FP8 with a scale for each block of a weight, as DeepSeek V3 is published (`quant_method` `fp8`
 with a `weight_block_size`), are dequantized as they are read, like MXFP4: they then take the memory of the

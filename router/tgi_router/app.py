@@ -288,6 +288,7 @@ def settle_limits(settings: Settings, model: ModelFacts) -> Limits:
         prompt_logprobs=settings.enable_prefill_logprobs,
         max_choices=min(MAX_CHOICES, settings.max_concurrent_requests),
         has_encoder=model.has_encoder,
+        takes_images=model.takes_images,
     )
 
 

@@ -6,6 +6,7 @@ whatever needs the tokenizer comes last.
 
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from tgi_router.tracing import Tracing
 MAX_CHECKED_NEW_TOKENS = 1024
 
 MAX_LOGIT_BIAS = 100.0
+
+# An image in a prompt, as TGI writes it; to a model of texts alone it is text.
+IMAGE = re.compile(r"!\[\]\([^)]*\)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,7 @@ class Limits:
     prompt_logprobs: bool  # whether the server gives them at all
     max_choices: int = 128  # answers to one request: OpenAI's `n`
     has_encoder: bool = False  # that reads prompts, which then have no logprobs
+    takes_images: bool = False  # the model does; this server does not yet
 
 
 class Validator:
@@ -265,6 +270,8 @@ class Validator:
                         f"token id {token_id} is not in the model's vocabulary of {self.limits.vocab_size}"
                     )
             return draft.prompt_token_ids
+        if self.limits.takes_images and IMAGE.search(draft.inputs):
+            raise ValidationError("images are not available yet: the prompt has one, ![](...)")
         try:
             with self._tracing.span("tokenize") if self._tracing is not None else nullcontext():
                 encoded = await self._tokenizer.encode(

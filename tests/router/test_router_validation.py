@@ -46,6 +46,15 @@ async def test_an_encoders_prompt_has_no_logprobs(tmp_path: Path) -> None:
     tokenizer.close()
 
 
+async def test_an_image_is_refused_by_a_model_that_takes_images_and_is_text_to_others(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_tokenizers.save(tmp_path), num_workers=1)
+    prompt = draft(inputs="what is ![](data:image/png;base64,iVBOR)")
+    with pytest.raises(ValidationError, match="images are not available yet"):
+        await Validator(tokenizer, replace(LIMITS, takes_images=True)).validate(prompt)
+    assert await Validator(tokenizer, LIMITS).validate(prompt)
+    tokenizer.close()
+
+
 RULES: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
     ({"temperature": 0.0}, "`temperature` must be strictly positive"),

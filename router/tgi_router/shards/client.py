@@ -68,6 +68,11 @@ class ModelFacts:
         """Whether prompts are read as wholes, each for its own answer alone."""
         return bool(self.decoder_start_token_ids)
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether `![](...)` in a prompt is an image to the model, and not text."""
+        return self.model_type in ("gemma3", "llama4", "mistral3")
+
 
 @dataclass(frozen=True, slots=True)
 class WarmupSizes:

@@ -132,7 +132,8 @@ def load_model(
     Raises UnsupportedModel before any weight is read, CheckpointError where the weights are not what the
     config says; both are ModelErrors.
     """
-    config, rename = _read_text_config(model_path, trust_remote_code)
+    whole = _read_config(model_path, trust_remote_code)
+    config, rename = _text_part(whole)
     if rename is not None:
         log.info("The text model (%s) alone is served; images are not available yet", config.model_type)
     _check_quantization(config)
@@ -158,7 +159,7 @@ def load_model(
         _warn_of_unread(weights, recipe.copies)
     return LoadedModel(
         model,
-        config.model_type,
+        whole.model_type,
         recipe.vocab_size,
         recipe.max_positions,
         chosen,
@@ -175,17 +176,16 @@ def _warn_of_unread(weights: Weights, copies: tuple[str, ...]) -> None:
 
 def import_for(model_path: Path) -> None:
     """Import what `load_model` takes for this model, and read nothing but its config. Raises ModelError."""
-    config, _ = _read_text_config(model_path, trust_remote_code=False)
+    config, _ = _text_part(_read_config(model_path, trust_remote_code=False))
     if config.model_type not in _OURS:
         from tgi_shard.models import transformers_fallback  # noqa: F401
 
 
-def _read_text_config(model_path: Path, trust_remote_code: bool) -> tuple[HFConfig, Rename | None]:
-    """Of the whole model, or of the part that is served, with the names that this part's tensors have."""
-    config = _read_config(model_path, trust_remote_code)
-    if config.model_type in text_part.MODEL_TYPES:
-        return text_part.config(config), text_part.name
-    return config, None
+def _text_part(whole: HFConfig) -> tuple[HFConfig, Rename | None]:
+    """The config of what is served; if that is a part, what its tensors are called."""
+    if whole.model_type in text_part.MODEL_TYPES:
+        return text_part.config(whole), text_part.name
+    return whole, None
 
 
 def _read_config(model_path: Path, trust_remote_code: bool) -> HFConfig:
