@@ -107,6 +107,10 @@ class Report:
     def tolerance(self) -> float:
         return 0.0 if self.is_exact else LOGPROB_TOLERANCE
 
+    def note(self, problem: str) -> None:
+        self.problems.append(problem)
+        print(problem[:500], file=sys.stderr, flush=True)
+
     def describe(self) -> str:
         pauses = sorted(self.pauses_s)
         p50 = statistics.median(pauses) if pauses else 0.0
@@ -238,7 +242,7 @@ def _disturb(
                 except (httpx.HTTPError, RuntimeError) as error:
                     with lock:
                         report.num_answers += 1
-                        report.problems.append(f"{stream.name}: {type(error).__name__}: {error}")
+                        report.note(f"{stream.name}: {type(error).__name__}: {error}")
                     return
                 pauses = pauses_s(answer.times, faults_at)
                 with lock:
@@ -246,7 +250,7 @@ def _disturb(
                     report.num_disturbed += bool(pauses)
                     report.pauses_s += pauses
                     if (difference := expected[stream.name].difference(answer, report.tolerance)) is not None:
-                        report.problems.append(f"{stream.name}: {difference}")
+                        report.note(f"{stream.name}: {difference}")
 
     with _running([threading.Thread(target=client, args=(stream,)) for stream in streams], is_over):
         for fault in faults:
@@ -349,8 +353,6 @@ def main() -> None:
     if options.deterministic:
         args.append("--deterministic")
     report = run(options.faults, options.seed, *args, kinds=options.kinds)
-    for problem in report.problems[:20]:
-        print(problem[:500])
     print(report.describe())
     sys.exit(1 if report.problems else 0)
 
