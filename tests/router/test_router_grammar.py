@@ -15,6 +15,7 @@ from test_router_step_loop import Ear, running_loop, until
 import tiny_tokenizers
 from router_app import Running, running
 from scripted_shard import ScriptedShard, next_token
+from tgi_router.errors import Overloaded
 from tgi_router.grammar.compile import MAX_COMPILE_S, GrammarCompiler
 from tgi_router.grammar.mask import Grammar, MaskWorker
 from tgi_router.grammar.sentry import MODULE, NICENESS, NUM_PROCESSES
@@ -143,6 +144,28 @@ async def test_a_grammar_is_remembered_and_a_monster_leaves_nothing_behind(compi
     outcomes = await asyncio.gather(*monsters, return_exceptions=True)
     assert all(isinstance(outcome, GrammarError) for outcome in outcomes)
     assert isinstance(await compiler.compile(schema(a={"type": "integer"})), Grammar)
+
+
+async def test_waiting_behind_monsters_says_nothing_of_a_grammar(compiler: GrammarCompiler) -> None:
+    monsters = [
+        asyncio.create_task(compiler.compile(AskedGrammar("json", patterns(30 + i)))) for i in range(4)
+    ]
+    await asyncio.sleep(0.1)
+    assert isinstance(await compiler.compile(LETTERS), Grammar)
+    outcomes = await asyncio.gather(*monsters, return_exceptions=True)
+    assert all(isinstance(outcome, GrammarError) for outcome in outcomes)
+
+
+async def test_who_waits_for_too_long_is_told_to_come_again(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await compiler.ready()
+    monkeypatch.setattr("tgi_router.grammar.compile.MAX_WAIT_S", 0.3)
+    monsters = [compiler.compile(AskedGrammar("json", patterns(30 + i))) for i in range(2)]
+    outcomes = await asyncio.gather(*monsters, compiler.compile(LETTERS), return_exceptions=True)
+    assert all(isinstance(outcome, Overloaded) for outcome in outcomes)
+    monkeypatch.undo()
+    assert isinstance(await compiler.compile(LETTERS), Grammar)
 
 
 # The step loop

@@ -5,26 +5,34 @@ A grammar is tried in a process that can be killed (sentry.py) before a thread c
 
 import asyncio
 import contextlib
+import functools
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
 import structlog
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
+from tgi_router.errors import Overloaded
 from tgi_router.grammar.mask import Grammar, Vocabulary
-from tgi_router.grammar.sentry import LIMITS, MAX_CHECK_S, CheckFailed, Sentry
+from tgi_router.grammar.sentry import LIMITS, MAX_CHECK_S, TOO_SLOW, CheckFailed, Sentry
 from tgi_router.grammar.source import AskedGrammar, GrammarError, Source, source_of
 
 MAX_COMPILE_S = MAX_CHECK_S
+MAX_WAIT_S = 10.0  # with the check; others' grammars may come before
+RETRY_AFTER_S = 2  # what is told to who waited for that long
 NUM_THREADS = 2
 NUM_REMEMBERED = 64
 MAX_MESSAGE_CHARACTERS = 500
 END_TOKEN = "<|end of grammar|>"  # for a model that has none; never a token of an answer
 
 log = structlog.get_logger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class GrammarCompiler:
@@ -46,26 +54,39 @@ class GrammarCompiler:
             await asyncio.wrap_future(self._tokenizer)
 
     async def compile(self, asked: AskedGrammar) -> Grammar:
-        """Raises GrammarError."""
-        loop = asyncio.get_running_loop()
+        """Raises GrammarError, Overloaded."""
         try:
             tokenizer, vocabulary = await asyncio.wrap_future(self._tokenizer)
         except ValueError as error:
             raise GrammarError("grammar is not supported: the model's tokenizer has no bytes") from error
-        try:
-            async with asyncio.timeout(MAX_COMPILE_S):
-                source = await loop.run_in_executor(self._threads, source_of, asked)
-                if (grammar := self._remembered.get(source)) is None:
-                    text = source.grammar()
-                    if problem := await self._sentry.check(text):
-                        raise invalid(problem)
-                    grammar = await loop.run_in_executor(self._threads, _build, text, tokenizer, vocabulary)
-        except TimeoutError as error:
-            raise GrammarError.invalid(f"it does not compile within {MAX_COMPILE_S:g} s") from error
-        except CheckFailed as error:
-            raise GrammarError.invalid("it takes too much memory to compile") from error
+        source = await self._in_time(source_of, asked)
+        if (grammar := self._remembered.get(source)) is None:
+            text = source.grammar()
+            await self._try(text)
+            grammar = await self._in_time(_build, text, tokenizer, vocabulary)
         self._remember(source, grammar)
         return grammar
+
+    async def _try(self, text: str) -> None:
+        """To wait for a process says nothing about the grammar; what a process takes for it does."""
+        try:
+            async with asyncio.timeout(MAX_WAIT_S):
+                problem = await self._sentry.check(text)
+        except TimeoutError as error:
+            raise Overloaded(RETRY_AFTER_S) from error
+        except CheckFailed as error:
+            raise GrammarError.invalid(str(error)) from error
+        if problem:
+            raise invalid(problem)
+
+    async def _in_time(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """In a thread. Raises GrammarError, and what the function raises."""
+        call = functools.partial(function, *args, **kwargs)
+        try:
+            async with asyncio.timeout(MAX_COMPILE_S):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        except TimeoutError as error:
+            raise GrammarError.invalid(TOO_SLOW) from error
 
     def _remember(self, source: Source, grammar: Grammar) -> None:
         self._remembered[source] = grammar

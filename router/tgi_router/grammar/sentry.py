@@ -21,6 +21,8 @@ from llguidance import LLMatcher, LLParserLimits
 NUM_PROCESSES = 2
 MEMORY_BYTES = 2 << 30
 MAX_CHECK_S = 1.5
+TOO_SLOW = f"it does not compile within {MAX_CHECK_S:g} s"
+TOO_LARGE = "it takes too much memory to compile"
 MODULE = "tgi_router.grammar.sentry"
 # Its processes give way to the router and the shards. On busy cores they get about a tenth of an equal's
 # time: what is sensible compiles in milliseconds, and is through long before it is given up.
@@ -31,7 +33,7 @@ LIMITS = LLParserLimits(max_lexer_states=32_768, verbose_errors=False)
 
 
 class CheckFailed(Exception):
-    """A grammar could not be tried to its end: it took too much memory."""
+    """A grammar could not be tried to its end: TOO_SLOW or TOO_LARGE."""
 
 
 class Process:
@@ -44,6 +46,7 @@ class Process:
         self._popen: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """Returns when it has imported what it needs, or has ended."""
         if self._popen is None:
             # A session of its own: a terminal's signals are not meant for it, and it ends with its children.
             self._popen = subprocess.Popen(
@@ -52,6 +55,8 @@ class Process:
                 stdout=subprocess.PIPE,
                 start_new_session=True,
             )
+            assert self._popen.stdout is not None
+            self._popen.stdout.readline()
 
     def check(self, grammar: str) -> str:
         """As Sentry.check."""
@@ -66,12 +71,12 @@ class Process:
             line = self._popen.stdout.readline()
         if not line:
             self.end()
-            raise CheckFailed
+            raise CheckFailed(TOO_LARGE)
         problem: str | int = json.loads(line)
         if problem == signal.SIGALRM:
-            raise TimeoutError
+            raise CheckFailed(TOO_SLOW)
         if not isinstance(problem, str):
-            raise CheckFailed
+            raise CheckFailed(TOO_LARGE)
         return problem
 
     def end(self) -> None:
@@ -102,8 +107,9 @@ class Sentry:
         await asyncio.gather(*(loop.run_in_executor(self._threads, one.start) for one in self._all))
 
     async def check(self, grammar: str) -> str:
-        """What is wrong with a grammar; empty if nothing is. Raises CheckFailed, or TimeoutError after
-        MAX_CHECK_S.
+        """What is wrong with a grammar; empty if nothing is. Raises CheckFailed.
+
+        Waits for a free process for as long as nobody cancels it.
         """
         process = await self._free.get()
         answer = asyncio.get_running_loop().run_in_executor(self._threads, process.check, grammar)
@@ -123,9 +129,12 @@ class Sentry:
 
 
 def answer_until_closed() -> None:
-    """For each line a line: what is wrong with the grammar, or the number of the signal that ended it."""
+    """An empty line when that can begin; then for each line a line: what is wrong with the grammar, or the
+    number of the signal that ended it.
+    """
     os.nice(NICENESS)  # from here on: a client may wait while a process starts
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    print(flush=True)
     for line in sys.stdin:
         print(json.dumps(_try_in_child(json.loads(line))), flush=True)
 
