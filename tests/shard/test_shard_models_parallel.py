@@ -22,6 +22,8 @@ from tgi_shard.distributed import SINGLE, Group, close_group, init_group
 from tgi_shard.models.registry import load_model
 from tgi_shard.weights.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.timeout(1200)  # the first test of a run waits for all of its cases
+
 CPU = torch.device("cpu")
 TESTS = [
     pytest.param(
