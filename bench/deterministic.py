@@ -26,7 +26,7 @@ from tgi_shard.slots import Slots
 NUM_BLOCKS, MAX_TOTAL_TOKENS = 600, 4096
 CHUNK = 512  # tokens of a prompt in a step
 NUM_DECODES = 4  # steps that are measured together
-LOADS = [(1, 128), (16, 128), (1, 1024), (16, 1024)]  # sequences, tokens that each has
+LOADS = [(1, 512), (16, 128), (1, 2048)]  # sequences, tokens that each has
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     }
     for deterministic, engine in engines.items():  # what is loaded, compiled or tried on first use
         began_at = time.process_time()
-        measure(engine, 16, 1024)
+        measure(engine, 16, 128)
         print(f"first use, deterministic={deterministic}: {time.process_time() - began_at:.1f} s")
     print(f"{options.model.name}, {options.dtype}, {options.threads} threads; ms of processor time")
     for count, length in LOADS:

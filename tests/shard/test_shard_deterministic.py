@@ -9,7 +9,9 @@ import socket
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
@@ -25,7 +27,10 @@ from tgi_shard.layers.activation import ACTIVATIONS
 from tgi_shard.layers.elementwise import evenly
 from tgi_shard.models.registry import UnsupportedModel, load_model
 from tgi_shard.quantization.deterministic import DeterministicDense
-from tgi_shard.sampling.parameters import SamplingParameters
+from tgi_shard.sampling.filters import row_sums
+from tgi_shard.sampling.history import History
+from tgi_shard.sampling.parameters import COLUMNS, SamplingParameters
+from tgi_shard.sampling.sampler import Sampler
 from tgi_shard.weights.checkpoint import Checkpoint
 
 LENGTHS = (1, 5, BLOCK_SIZE, 17, 40, 70)
@@ -191,6 +196,44 @@ def test_a_row_has_one_product(num_threads: int, num_in: int, num_out: int, dtyp
     torch.testing.assert_close(whole, exact, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
     for start, stop in [(0, 0), (0, 17), (1, 4), (100, 164), (5, 244), *((i, i + 1) for i in range(30))]:
         assert torch.equal(method.matmul(x[start:stop], tensors, bias), whole[start:stop]), (start, stop)
+
+
+def test_a_row_of_scores_has_one_sum(num_threads: int) -> None:
+    scores = torch.randn(5, 50_000, generator=torch.Generator().manual_seed(0))
+    whole = row_sums(scores)
+    torch.testing.assert_close(whole, scores.double().sum(-1, keepdim=True).float(), rtol=1e-5, atol=1e-2)
+    for row in range(len(scores)):
+        assert torch.equal(row_sums(scores[row : row + 1]), whole[row : row + 1])
+
+
+def test_a_row_has_one_choice(num_threads: int) -> None:
+    """Of all that a client may ask for, in a batch and alone."""
+    kinds: list[dict[str, Any]] = [
+        {"typical_p": 0.7},
+        {"top_p": 0.8, "temperature": 1.4, "repetition_penalty": 1.2},
+        {"min_p": 0.02, "frequency_penalty": 0.3},
+        {"top_k": 9, "output_frequency_penalty": 0.4, "output_presence_penalty": 0.2},
+    ]
+    count, vocab_size = 40, 33_000
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(count, vocab_size, generator=generator) * 3
+    token_ids = torch.randint(0, vocab_size, (count, 60), generator=generator).int()
+    rows = [SamplingParameters(do_sample=True, seed=i, **kinds[i % 4]).row() for i in range(count)]
+    parameters = np.array(rows, COLUMNS)
+
+    def choose(chosen: np.ndarray) -> list[tuple[object, ...]]:
+        prompt_lens, num_unsaid = np.full(len(chosen), 4), np.zeros(len(chosen), np.int64)
+        history = History(token_ids, chosen, chosen + 5, prompt_lens, num_unsaid)
+        top_n = np.full(len(chosen), 3)
+        sampled = Sampler()(scores[chosen].clone(), parameters[chosen], history, top_n)
+        assert sampled.top_tokens is not None
+        tops = sampled.top_tokens.lists()
+        ids, logprobs = sampled.token_ids.tolist(), sampled.logprobs.tolist()
+        return [(ids[row], logprobs[row], tops[row]) for row in range(len(chosen))]
+
+    together = choose(np.arange(count))
+    for row in range(count):
+        assert choose(np.array([row])) == [together[row]]
 
 
 def test_sizes_that_sum_in_another_order_are_not_taken() -> None:

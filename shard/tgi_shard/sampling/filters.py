@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NEGATIVE_INFINITY = float("-inf")
+NUM_ALONE = 16384  # numbers: fewer than torch ever shares out among threads
 
 
 def mask_top_k(scores: Tensor, top_k: np.ndarray) -> Tensor:
@@ -57,7 +58,7 @@ def mask_typical(scores: Tensor, mass: Tensor) -> Tensor:
     """
     logprobs = scores.log_softmax(-1)
     probabilities = logprobs.exp()
-    entropy = -(probabilities * logprobs).nansum(-1, keepdim=True)  # 0 x -inf is 0 here
+    entropy = -row_sums((probabilities * logprobs).nan_to_num_(0.0))  # 0 x -inf is 0 here
     deviation = (logprobs + entropy).abs_()
     # Non-negative floats are ordered like their bits: the pair (deviation, probability) is sorted as one
     # integer.
@@ -66,6 +67,17 @@ def mask_typical(scores: Tensor, mass: Tensor) -> Tensor:
     last = torch.searchsorted(sums, mass.unsqueeze(1)).clamp_(max=scores.shape[1] - 1)
     edge = (pairs.gather(1, last) >> 32).to(torch.int32).view(torch.float32)
     return _keep(scores, deviation <= edge)
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """[n, columns] -> [n, 1], each row's the same alone as among others.
+
+    Threads share a long row out if it is the only one, and then sum it in another order.
+    """
+    first, *others = (part.sum(-1, keepdim=True) for part in values.split(NUM_ALONE, dim=-1))
+    for part in others:
+        first.add_(part)
+    return first
 
 
 def _keep(scores: Tensor, is_kept: Tensor) -> Tensor:
