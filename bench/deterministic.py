@@ -26,7 +26,7 @@ from tgi_shard.slots import Slots
 NUM_BLOCKS, MAX_TOTAL_TOKENS = 600, 4096
 CHUNK = 512  # tokens of a prompt in a step
 NUM_DECODES = 4  # steps that are measured together
-LOADS = [(1, 512), (16, 128)]  # sequences, tokens that each has
+LOADS = [(1, 512), (16, 128), (1, 2048)]  # sequences, tokens that each has
 
 
 def main() -> None:

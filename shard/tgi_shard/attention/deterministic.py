@@ -28,8 +28,10 @@ from tgi_shard.same_bits import Sizes, padded
 from tgi_shard.step import StepInputs
 
 KEYS = 64
-_QUERY_ROWS = 128  # of a unit: queries of a chunk x heads of a KV head, about
-_FEW_ROWS = (4, 8, 12, 16, 24, 32, 48, 64, 96)  # of a unit with one query, if they agree with _QUERY_ROWS
+# A chunk's unit: many queries share what it takes to fetch the keys, but a short chunk is padded to as many.
+_MAX_QUERIES = 64
+_MAX_ROWS = 512  # queries x heads of a KV head; more only if the heads of one are more
+_FEW_ROWS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # of a unit with one query, if they agree with a chunk's
 _BATCHES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _MAX_NUMBERS = 2**23  # scores, or keys and values, of the units that are computed together
 
@@ -73,7 +75,7 @@ class _Shape:
 @cache
 def _shape(group: int, head_dim: int, device: torch.device, num_threads: int) -> _Shape:
     """num_threads: kernels are chosen by it too."""
-    num_queries = 1 << max(0, (_QUERY_ROWS // group).bit_length() - 1)
+    num_queries = min(_MAX_QUERIES, 1 << max(0, (_MAX_ROWS // group).bit_length() - 1))
     num_rows = padded(num_queries * group)
     if num_rows % num_queries:
         num_rows = num_queries * padded(group)
