@@ -208,6 +208,7 @@ class LetterTokenizer:
     """A token is a character."""
 
     special_ids = frozenset({EOS_TOKEN_ID})
+    decode_byte_level = None
 
     def decode(self, token_ids: list[int]) -> str:
         return "".join(chr(0x100 + token_id) for token_id in token_ids)
