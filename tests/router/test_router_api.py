@@ -621,14 +621,15 @@ async def test_messages_reach_the_template_as_text(tmp_path: Path, monkeypatch: 
     seen: list[str] = []
     async with running(tmp_path, chat_template_text=template, max_total_tokens=800) as router:
         tokenizer = router.app.generation.tokenizer
-        encode = tokenizer._encode
+        encode = tokenizer.encode
 
-        def listen(text: str, add_special_tokens: bool) -> Encoded:
+        async def listen(text: str, **options: bool) -> Encoded:
             seen.append(text)
-            return encode(text, add_special_tokens)
+            return await encode(text, **options)
 
-        monkeypatch.setattr(tokenizer, "_encode", listen)
-        await router.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1})
+        monkeypatch.setattr(tokenizer, "encode", listen)
+        response = await router.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1})
+        assert response.status_code == 200
     call = (
         '[{"id":"1","type":"function","function":{"description":null,"name":"f","arguments":"{\\"x\\":1}"}}]'
     )
