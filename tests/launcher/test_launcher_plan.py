@@ -96,6 +96,7 @@ DEFAULT_SHARD_ENVIRON = {
     "SAFETENSORS_FAST_GPU": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "OMP_NUM_THREADS": "8",
+    "GOMP_SPINCOUNT": "10000",
 }
 
 
@@ -425,6 +426,9 @@ def test_environment_of_the_children() -> None:
         assert child["HF_TOKEN"] == "t"
         assert child["CUSTOM"] == "1"
     assert shard_environ["OMP_NUM_THREADS"] == "3"
+    assert shard_environ["GOMP_SPINCOUNT"] == "10000"
+    assert shard(plan(environ={"GOMP_SPINCOUNT": "7"}))[1]["GOMP_SPINCOUNT"] == "7"
+    assert "GOMP_SPINCOUNT" not in shard(plan(environ={"OMP_WAIT_POLICY": "active"}))[1]
     assert router(made)[1] == environ | {"HF_TOKEN": "t"}
 
 
