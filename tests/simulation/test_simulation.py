@@ -1,5 +1,6 @@
 """Short schedules of faults, hundreds of them; `make simulate` runs twenty thousand."""
 
+import gc
 from collections.abc import Iterable
 
 import pytest
@@ -11,6 +12,7 @@ from tgi_router.scheduling.blame import Blame
 from tgi_router.scheduling.block_allocator import BlockAllocator
 from tgi_router.scheduling.scheduler import Scheduler
 from tgi_router.scheduling.sequence import Sequence
+from tgi_router.scheduling.step_loop import StepLoop
 
 NUM_SCHEDULES = 600
 
@@ -26,6 +28,12 @@ def test_no_schedule_breaks_a_promise() -> None:
 def test_a_schedule_replays_exactly() -> None:
     for seed in range(20):
         assert Simulation(seed).run() == Simulation(seed).run()
+
+
+def test_nothing_of_a_schedule_stays_in_memory() -> None:
+    simulate(range(50))
+    gc.collect()
+    assert not [found for found in gc.get_objects() if isinstance(found, StepLoop)]
 
 
 def test_it_finds_a_double_free(monkeypatch: pytest.MonkeyPatch) -> None:

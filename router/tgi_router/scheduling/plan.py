@@ -16,7 +16,9 @@ class AddedSequence:
     num_cached_tokens: int
 
 
-class Row(Struct, frozen=True, gc=False):
+# The garbage collector must see it (no `gc=False`): its sequence leads to an answer, an error, the frames of
+# that error's traceback, and back here.
+class Row(Struct, frozen=True):
     sequence: Sequence
     num_tokens: int  # to process in this step
     new_block_ids: tuple[int, ...]
