@@ -1,7 +1,9 @@
 """Detokenizer, stop strings and tokenizer: pure properties over every way to cut a text into tokens."""
 
+import asyncio
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -252,6 +254,22 @@ async def test_tokenizer_knows_its_special_tokens(tmp_path: Path) -> None:
     assert encoded.num_leading_special == 1
     assert (await tokenizer.encode("hi", add_special_tokens=False)).num_leading_special == 0
     assert tokenizer.decode([0, *tiny_tokenizers.ids("hi"), 1]) == "<s>hi</s>"
+    tokenizer.close()
+
+
+@pytest.mark.parametrize("with_offsets", [False, True])
+async def test_encoding_a_long_text_stops_nobody_else(tmp_path: Path, with_offsets: bool) -> None:
+    tokenizer = OurTokenizer.load(tiny_tokenizers.save(tmp_path), num_workers=1)
+    began_at = last_at = time.monotonic()
+    longest_gap = 0.0
+    encoding = asyncio.create_task(
+        tokenizer.encode("word " * 400_000, add_special_tokens=True, with_offsets=with_offsets)
+    )
+    while not encoding.done():
+        await asyncio.sleep(0.001)
+        longest_gap = max(longest_gap, time.monotonic() - last_at)
+        last_at = time.monotonic()
+    assert longest_gap < (last_at - began_at) / 2
     tokenizer.close()
 
 
