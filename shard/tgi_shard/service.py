@@ -10,6 +10,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import signal
 import time
 import traceback
@@ -38,6 +39,9 @@ from tgi_shard.warmup import NotEnoughMemory, warm_up
 
 log = logging.getLogger(__name__)
 
+# Steps on a CPU keep every core busy. What sends the tokens and answers /health computes little, but at an
+# equal priority it waits for the end of a time slice, or of two.
+CPU_NICENESS = 5
 PROGRESS_INTERVAL_S = 2.0
 MAX_FAILURES_IN_A_ROW = 16  # steps that raise before a fresh process is the better guess
 STOP_GRACE_S = 1.0  # for streams that are open at SIGTERM: the router drains, not the shard
@@ -59,6 +63,8 @@ def serve(settings: Settings) -> None:
     # Left behind by a process that was killed. It goes at once: a socket there means a rank that is ready.
     socket = Path(f"{settings.uds_path}-{settings.rank}").absolute()
     socket.unlink(missing_ok=True)
+    if settings.device.type == "cpu":
+        os.nice(CPU_NICENESS)  # before there are threads: each takes it from its maker
     spans = None
     if settings.otlp_endpoint is not None:
         spans = SequenceSpans.to_collector(settings.otlp_endpoint, settings.otlp_service_name, settings.rank)

@@ -1,7 +1,7 @@
 """Text <-> token ids, by the model folder's tokenizer.json.
 
-Encoding runs in worker threads, as batches of one: `encode_batch` releases the GIL, `encode` holds it, 30 ms for
-30,000 tokens in which no stream would move. Decoding a few ids takes a microsecond and runs in place.
+Encoding runs in worker threads, as batches of one: `encode_batch` releases the GIL; `encode` holds it, and
+30,000 tokens take it 30 ms in which no stream moves. Decoding a few ids takes a microsecond, in place.
 """
 
 import asyncio
