@@ -17,8 +17,8 @@ PROGRAM = "text-generation-launcher"
 
 Receiver = Literal["download", "shard", "router"]
 
-COUNT = click.IntRange(min=0)
-POSITIVE = click.IntRange(min=1)
+COUNT = click.IntRange(0, 2**32 - 1)  # as many as a message to the shards can tell
+POSITIVE = click.IntRange(1, 2**32 - 1)
 FILE = click.Path(exists=True, dir_okay=False)
 PORT = click.IntRange(min=0, max=65535)
 

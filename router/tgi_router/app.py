@@ -53,7 +53,7 @@ from tgi_router.metrics import Metrics
 from tgi_router.scheduling.step_loop import StepLoop, limits_of_steps
 from tgi_router.schemas.native import Info
 from tgi_router.settings import Settings
-from tgi_router.shards.client import ModelFacts, ShardClient, ShardsLost
+from tgi_router.shards.client import ModelFacts, ShardClient, ShardsLost, WarmupRefused
 from tgi_router.shards.group import ShardGroup
 from tgi_router.text import chat_template
 from tgi_router.text.chat_template import ChatTemplate
@@ -392,7 +392,7 @@ def open_tracing(endpoint: str, service_name: str) -> Tracing:
 
 
 async def _start(settings: Settings, metrics: Metrics) -> StepLoop:
-    """Reach the shards and warm them up."""
+    """Reach the shards and warm them up. Raises StartError."""
     addresses = await discover(settings.master_shard_uds_path)
     step_loop = StepLoop(
         ShardGroup(addresses),
@@ -405,7 +405,11 @@ async def _start(settings: Settings, metrics: Metrics) -> StepLoop:
         stall_timeout_s=settings.stall_timeout_s,
     )
     log.info("Warming up model")
-    await step_loop.start()
+    try:
+        await step_loop.start()
+    except WarmupRefused as error:
+        await step_loop.close()
+        raise StartError(str(error)) from error
     if settings.prefix_caching and step_loop.model.has_encoder:
         log.info("Disabling prefix caching because of seq2seq model")
     max_batch_total_tokens = step_loop.model.usable_tokens(settings.max_batch_total_tokens)

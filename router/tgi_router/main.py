@@ -22,8 +22,8 @@ log = structlog.get_logger(__name__)
 
 Command = Callable[..., None]
 
-COUNT = click.IntRange(min=1)
-LIMIT = click.IntRange(min=0)
+COUNT = click.IntRange(1, 2**32 - 1)  # as many as a message to the shards can tell
+LIMIT = click.IntRange(0, 2**32 - 1)
 PORT = click.IntRange(0, 65535)
 
 

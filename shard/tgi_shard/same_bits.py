@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tgi_shard.model_folder import ModelError
+
 NUM_EXAMPLES = 7  # odd: so an example meets every place of a kernel's tile
 ALIGNMENT = 64  # bytes: where torch puts fresh tensors
 LANES = 16  # kernels take so many columns at a time; columns left over depend on the row's place, in some
 
 
-class NotReproducible(Exception):
+class NotReproducible(ModelError):
     """This machine has no way to make the calls that were asked for reproducible."""
 
 
@@ -76,7 +78,10 @@ def agreeing(run: Callable[[Tensor], Tensor], reference: int, candidates: Sequen
         return torch.equal(found, expected[examples.to(found.device)])
 
     if reference < NUM_EXAMPLES or not agrees(reference):
-        raise NotReproducible(f"a row's result depends on its place among {reference}")
+        raise NotReproducible(
+            "`--deterministic` cannot be kept on this machine with these libraries: "
+            f"a row's result depends on its place among {reference}"
+        )
     return Sizes(tuple(sorted({reference, *(size for size in candidates if agrees(size))})))
 
 

@@ -29,7 +29,7 @@ from tgi_shard.distributed import Group, close_group, init_group
 from tgi_shard.engine import Engine
 from tgi_shard.engine_thread import AwaitedMasks, EngineThread
 from tgi_shard.memory import Limits
-from tgi_shard.model_folder import read_config
+from tgi_shard.model_folder import ModelError, read_config
 from tgi_shard.models.registry import LoadedModel, load_model
 from tgi_shard.plan import Masks, StepPlan, StepResult
 from tgi_shard.sampling.sampler import Sampler
@@ -229,6 +229,10 @@ class Service(pb_grpc.TextGenerationServicer):
         except NotEnoughMemory as error:
             self._warm_up = None
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            raise
+        except ModelError as error:
+            self._warm_up = None
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             raise
         except Exception as error:
             log.exception("Warm-up failed")

@@ -36,6 +36,12 @@ def test_the_server_holds_what_the_plan_says(launch: Launch, tiny_llama: Path, n
 
 
 def test_a_model_that_does_not_fit_is_refused_by_the_plan(tiny_llama: Path) -> None:
-    code, text = printed_plan("--model-id", str(tiny_llama), "--max-total-tokens", str(10**10))
+    code, text = printed_plan("--model-id", str(tiny_llama), "--max-total-tokens", str(10**9))
     assert code == 1
-    assert "It does not fit. Not enough memory to handle `max_total_tokens=10000000000`" in text
+    assert "It does not fit. Not enough memory to handle `max_total_tokens=1000000000`" in text
+
+
+def test_a_model_that_does_not_fit_ends_the_start(launch: Launch) -> None:
+    expected = r"(?s)exited with 1\n.*ERROR .*Not enough memory to handle `max_total_tokens=1000000000`"
+    with pytest.raises(AssertionError, match=expected), launch("--max-total-tokens", str(10**9)):
+        pass

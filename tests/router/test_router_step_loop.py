@@ -5,12 +5,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc import aio
 
 from scripted_shard import ScriptedService, ScriptedShard, next_token, start_server
+from tgi_proto import generate_pb2 as pb
 from tgi_router.metrics import Metrics
 from tgi_router.request import FinishReason, Request, SampledToken, Sampling
 from tgi_router.scheduling.step_loop import ShardsGone, StepLoop
+from tgi_router.shards.client import WarmupRefused
 from tgi_router.shards.group import ShardGroup
 
 
@@ -90,8 +94,8 @@ async def running_loop(
     loop = StepLoop(
         ShardGroup(addresses), Metrics(), max_batch_prefill_tokens=32, max_total_tokens=None, max_sequences=8
     )
-    await asyncio.wait_for(loop.start(), 10)
     try:
+        await asyncio.wait_for(loop.start(), 10)
         yield loop, services, crash
     finally:
         await loop.close()
@@ -111,6 +115,45 @@ async def test_concurrent_sequences_each_get_their_own_tokens(tmp_path: Path, wo
             assert all(len(token.top_tokens) == ear.request.top_n_tokens for token in ear.tokens)
         await asyncio.wait_for(loop.drain(), 5)
         assert services[0].shard.num_steps == services[-1].shard.num_steps
+
+
+def refuse_warmups(monkeypatch: pytest.MonkeyPatch, count: int) -> list[None]:
+    """The next so many. Returns those that are still to come."""
+    left = [None] * count
+    warm_up = ScriptedService.Warmup
+
+    async def refuse(
+        service: ScriptedService, request: pb.WarmupRequest, context: aio.ServicerContext
+    ) -> pb.WarmupResponse:
+        if left:
+            left.pop()
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "not enough memory")
+        return await warm_up(service, request, context)
+
+    monkeypatch.setattr(ScriptedService, "Warmup", refuse)
+    return left
+
+
+async def test_what_the_shards_refuse_at_the_start_is_refused_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_warmups(monkeypatch, 1)
+    with pytest.raises(WarmupRefused, match="not enough memory"):
+        async with running_loop(tmp_path):
+            pass
+
+
+async def test_what_the_shards_refuse_after_a_crash_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_loop(tmp_path, step_s=0.002) as (loop, _, crash):
+        ear = Ear(make_request((1, 2, 3), 30))
+        loop.submit(ear.request, ear)
+        left = refuse_warmups(monkeypatch, 3)
+        await crash()
+        await asyncio.wait_for(ear.done.wait(), 20)
+        assert not left
+        ear.check()
 
 
 async def test_prompt_logprobs_arrive_once_in_order(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import structlog
 
-from tgi_router.shards.client import ModelFacts, ShardsLost, WarmupSizes
+from tgi_router.shards.client import ModelFacts, ShardsLost, WarmupRefused, WarmupSizes
 from tgi_router.shards.group import ShardGroup
 
 FIRST_PAUSE_S = 0.05
@@ -19,10 +19,14 @@ LOG_EVERY_S = 10.0
 log = structlog.get_logger(__name__)
 
 
-async def connect(group: ShardGroup, sizes: WarmupSizes, clock: Callable[[], float]) -> ModelFacts:
+async def connect(
+    group: ShardGroup, sizes: WarmupSizes, clock: Callable[[], float], *, is_start: bool
+) -> ModelFacts:
     """Connect to every rank and warm it up; try again until it works.
 
-    Who waits bounds the time (by cancelling).
+    At the start nobody waits for an answer yet, and what the shards refuse they would refuse again: raises
+    WarmupRefused. Later even that may pass, as when another process takes the memory. Who waits bounds the
+    time (by cancelling).
     """
     pause_s = FIRST_PAUSE_S
     started_at = last_log_at = clock()
@@ -30,6 +34,8 @@ async def connect(group: ShardGroup, sizes: WarmupSizes, clock: Callable[[], flo
         try:
             return await group.connect(sizes)
         except ShardsLost as error:
+            if is_start and isinstance(error, WarmupRefused):
+                raise
             if clock() - last_log_at >= LOG_EVERY_S:
                 last_log_at = clock()
                 log.warning("Waiting for the shards", seconds=round(clock() - started_at), reason=str(error))

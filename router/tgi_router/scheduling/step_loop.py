@@ -123,8 +123,8 @@ class StepLoop:
         return "busy" if len(self._scheduler.waiting) else "ok"
 
     async def start(self) -> None:
-        """Reach the shards, warm them up, and begin. Waits as long as it takes."""
-        self._accept(await recovery.connect(self._group, self._sizes, self._clock))
+        """Reach the shards, warm them up, and begin. Waits as long as it takes. Raises WarmupRefused."""
+        self._accept(await recovery.connect(self._group, self._sizes, self._clock, is_start=True))
         self._task = asyncio.create_task(self._serve())
 
     async def join(self) -> None:
@@ -201,7 +201,7 @@ class StepLoop:
             if self._is_draining:  # the launcher restarts nothing any more
                 self.fail_all(ShardsGone("the model shards are not available"))
             lost_at = self._clock()
-            self._accept(await recovery.connect(self._group, self._sizes, self._clock))
+            self._accept(await recovery.connect(self._group, self._sizes, self._clock, is_start=False))
             self._metrics.tgi_recoveries.inc()
             log.info(
                 "The shards are back",

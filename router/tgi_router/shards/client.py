@@ -12,6 +12,7 @@ from tgi_proto import generate_pb2_grpc as pb_grpc
 from tgi_router.request import SampledToken
 from tgi_router.scheduling.plan import AddedSequence, Failure, Masks, PromptLogprobs, StepPlan, StepResult
 
+REFUSALS = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED}  # of a warm-up
 RUN_METHOD = "/tgi.v1.TextGeneration/Run"
 
 CHANNEL_OPTIONS = (
@@ -30,6 +31,10 @@ class ShardsLost(Exception):
     def __init__(self, reason: str, *, is_out_of_memory: bool = False) -> None:
         super().__init__(reason)
         self.is_out_of_memory = is_out_of_memory  # a step was, and said so
+
+
+class WarmupRefused(ShardsLost):
+    """A shard is there, and says that it cannot serve as it is asked to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,8 @@ class ShardClient:
         try:
             return await self._stub.Warmup(request, timeout=timeout_s)
         except aio.AioRpcError as error:
+            if error.code() in REFUSALS:
+                raise WarmupRefused(str(error.details())) from error
             raise ShardsLost(describe(error)) from error
 
     def run(self) -> "RunStream":
