@@ -45,6 +45,10 @@ CPU_NICENESS = 5
 PROGRESS_INTERVAL_S = 2.0
 MAX_FAILURES_IN_A_ROW = 16  # steps that raise before a fresh process is the better guess
 STOP_GRACE_S = 1.0  # for streams that are open at SIGTERM: the router drains, not the shard
+# How long one of several ranks may still compute what a broken stream had asked for: the others may never get
+# that plan, and then it waits for them in a collective for ever.
+STRANDED_FACTOR = 10  # times its longest step so far
+MIN_STRANDED_S = 5.0
 ENGINE_STOP_TIMEOUT_S = 5.0  # a rank whose peers are gone may wait in a collective for longer
 
 SERVER_OPTIONS = [
@@ -186,6 +190,7 @@ class Service(pb_grpc.TextGenerationServicer):
         self._engine: Engine | None = None
         self._warm_up: tuple[Limits, asyncio.Task[Engine]] | None = None  # under way or done
         self._stream: _Stream | None = None  # the open one
+        self._leaving: asyncio.Task[None] | None = None
 
     async def Info(self, request: pb.InfoRequest, context: "Context") -> pb.InfoResponse:
         return pb.InfoResponse(
@@ -289,7 +294,9 @@ class Service(pb_grpc.TextGenerationServicer):
                 self._spans.end_all()
             if self._stream is stream:
                 self._stream = None
-                self.thread.call(engine.forget)
+                forgotten = self.thread.call(engine.forget)
+                if self.group.world_size > 1:
+                    self._leaving = asyncio.create_task(self._leave_if_stranded(forgotten))
 
     async def _read(self, requests: AsyncIterator[pb.RunRequest], engine: Engine, stream: "_Stream") -> None:
         """Hand the plans to the engine's thread as they come, and the masks to the plans that await them."""
@@ -327,6 +334,16 @@ class Service(pb_grpc.TextGenerationServicer):
             self._loop.call_soon_threadsafe(stream.end, grpc.StatusCode.DEADLINE_EXCEEDED, message)
 
         return AwaitedMasks(future, on_timeout) if self.group.rank == 0 else None
+
+    async def _leave_if_stranded(self, forgotten: "Future[None]") -> None:
+        """`forgotten` is done when all that the stream had asked for is."""
+        timeout_s = max(MIN_STRANDED_S, STRANDED_FACTOR * self.thread.longest_step_s)
+        done, _ = await asyncio.wait([asyncio.wrap_future(forgotten)], timeout=timeout_s)
+        if not done and not self._stopped.is_set():
+            message = f"a step of a stream that broke has not ended within {timeout_s:.1f} s"
+            log.critical("This process ends: %s. Other ranks may not have got its plan", message)
+            self.failure = EngineFailed(message)
+            self._stopped.set()
 
     async def _forget(self) -> None:
         if self._engine is not None:

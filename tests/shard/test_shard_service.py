@@ -73,6 +73,15 @@ def warm_up(shards: list[ShardProcess], request: pb.WarmupRequest = LIMITS) -> l
             channel.close()
 
 
+def wait_until_in_a_step(shard: ShardProcess) -> None:
+    deadline = time.monotonic() + 20
+    with shard.channel() as channel:
+        stub = pb_grpc.TextGenerationStub(channel)
+        while not stub.Health(pb.HealthRequest(), timeout=5).current_step_age_s:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def add(sequence_id: int, prompt: list[int], sampling: pb.SamplingParameters = GREEDY) -> pb.AddSequence:
     return pb.AddSequence(
         sequence_id=sequence_id,
@@ -308,6 +317,26 @@ def test_a_rank_without_its_peer_ends_with_an_error(checkpoint: Path, tmp_path: 
         assert shards[0].process.wait(20) not in (0, None)
         stream.break_off()
     assert "A step failed; this process ends" in shards[0].log_path.read_text()
+
+
+def test_a_rank_that_waits_for_a_plan_that_its_peer_never_got_ends(checkpoint: Path, tmp_path: Path) -> None:
+    """So it is when the router dies, or loses one connection, after it has sent a plan to one of two."""
+    with running(checkpoint, tmp_path, world_size=2) as shards:
+        warm_up(shards)
+        stream = RunStream(shards[:1])
+        plan = pb.StepPlan(
+            step_id=1,
+            add=[add(1, [5, 6])],
+            run_sequence_ids=[1],
+            run_num_tokens=[2],
+            run_num_new_blocks=[1],
+            new_block_ids=[0],
+        )
+        stream.send(plan)
+        wait_until_in_a_step(shards[0])
+        stream.break_off()
+        assert shards[0].process.wait(40) not in (0, None)
+    assert "a step of a stream that broke has not ended" in shards[0].log_path.read_text()
 
 
 def test_a_warmup_that_its_caller_gave_up_is_found_again(checkpoint: Path, tmp_path: Path) -> None:
