@@ -102,10 +102,6 @@ class Mailbox:
         self._news.clear()
         self.wake()
 
-    @property
-    def has_news(self) -> bool:
-        return bool(self._news)
-
     async def take(self, shortcut: Shortcut | None = None) -> News:
         """All that came since the last time; empty after a wake() for another reason. Raises ClientGone.
 

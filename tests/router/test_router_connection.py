@@ -186,7 +186,7 @@ async def test_what_a_client_leaves_unread_is_bounded(
             while server.router.app.generation.permits._num_free < 8:  # noqa: ASYNC110  # polled
                 await asyncio.sleep(0.02)
             assert not server.router.step_loop._sequences
-            assert not any(mailbox.has_news for mailbox in mailboxes)
+            assert not any(mailbox._news for mailbox in mailboxes)
             shown = server.router.app.generation.metrics.render().decode()
             assert 'tgi_request_failure{err="dropped"} 1\n' in shown
             with contextlib.suppress(ConnectionError):
