@@ -78,7 +78,7 @@ class Answer:
 
     texts: dict[int, str] = field(default_factory=dict)  # by choice
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: dict[int, list[float]] = field(default_factory=dict)  # by choice
     endings: dict[int, Any] = field(default_factory=dict)  # by choice: reason, whole text
     times: list[float] = field(default_factory=list)
 
@@ -88,10 +88,14 @@ class Answer:
             mine, its = getattr(self, name), getattr(other, name)
             if mine != its:
                 return f"{name}: {its!r} instead of {mine!r}"
-        if len(self.logprobs) != len(other.logprobs):
-            return f"{len(other.logprobs)} logprobs instead of {len(self.logprobs)}"
-        worst = max((abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True)), default=0.0)
-        return f"a logprob is off by {worst}" if worst > tolerance else None
+        for choice, mine in self.logprobs.items():
+            its = other.logprobs.get(choice, [])
+            if len(mine) != len(its):
+                return f"{len(its)} logprobs instead of {len(mine)}"
+            worst = max((abs(a - b) for a, b in zip(mine, its, strict=True)), default=0.0)
+            if worst > tolerance:
+                return f"a logprob is off by {worst}"
+        return None
 
 
 @dataclass(slots=True)
@@ -183,7 +187,8 @@ def ask(client: httpx.Client, request: Request, on_event: threading.Semaphore | 
 def _note(answer: Answer, event: dict[str, Any]) -> None:
     if "token" in event:
         answer.token_ids.append(event["token"]["id"])
-        answer.logprobs += [token["logprob"] for token in [event["token"], *event.get("top_tokens", [])]]
+        logprobs = [token["logprob"] for token in [event["token"], *event.get("top_tokens", [])]]
+        answer.logprobs.setdefault(0, []).extend(logprobs)
         answer.texts[0] = answer.texts.get(0, "") + event["token"]["text"]
         if event["generated_text"] is not None:
             details = event["details"]
@@ -193,6 +198,8 @@ def _note(answer: Answer, event: dict[str, Any]) -> None:
     for choice in event["choices"]:
         index = choice["index"]
         answer.texts[index] = answer.texts.get(index, "") + choice["text"]
+        if choice["logprobs"] is not None:
+            answer.logprobs.setdefault(index, []).extend(choice["logprobs"]["token_logprobs"])
         if choice["finish_reason"] is not None:
             answer.endings[index] = choice["finish_reason"]
 

@@ -33,15 +33,17 @@ def test_two_hundred_faults(num_shard: int) -> None:
 
 
 def test_a_difference_would_be_seen() -> None:
-    said = Answer({0: "ab"}, [1, 2], [-0.5, -1.0], {0: ("ab", "length", 2)})
-    assert said.difference(Answer({0: "ab"}, [1, 2], [-0.5001, -1.0], {0: ("ab", "length", 2)})) is None
-    assert said.difference(Answer({0: "ab"}, [1, 2], [-0.5, -1.0], {0: ("ab", "length", 2)}), 0.0) is None
-    assert said.difference(Answer({0: "ab"}, [1, 2], [-0.5001, -1.0], {0: ("ab", "length", 2)}), 0.0)
+    said = Answer({0: "ab"}, [1, 2], {0: [-0.5, -1.0]}, {0: ("ab", "length", 2)})
+    close = Answer({0: "ab"}, [1, 2], {0: [-0.5001, -1.0]}, {0: ("ab", "length", 2)})
+    assert said.difference(close) is None
+    assert said.difference(said, 0.0) is None
+    assert said.difference(close, 0.0) is not None
     for other in (
-        Answer({0: "abb"}, [1, 2, 2], [-0.5, -1.0, -1.0], {0: ("abb", "length", 3)}),  # doubled
-        Answer({0: "a"}, [1], [-0.5], {0: ("a", "length", 1)}),  # lost
-        Answer({0: "ab"}, [1, 2], [-0.5, -1.1], {0: ("ab", "length", 2)}),
-        Answer({0: "ab"}, [1, 2], [-0.5, -1.0], {}),  # never ended
+        Answer({0: "abb"}, [1, 2, 2], {0: [-0.5, -1.0, -1.0]}, {0: ("abb", "length", 3)}),  # doubled
+        Answer({0: "a"}, [1], {0: [-0.5]}, {0: ("a", "length", 1)}),  # lost
+        Answer({0: "ab"}, [1, 2], {0: [-0.5, -1.1]}, {0: ("ab", "length", 2)}),
+        Answer({0: "ab"}, [1, 2], {0: [-0.5, -1.0]}, {}),  # never ended
+        Answer({0: "ab"}, [1, 2], {}, {0: ("ab", "length", 2)}),
     ):
         assert said.difference(other) is not None
 
