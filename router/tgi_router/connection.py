@@ -31,16 +31,18 @@ log = structlog.get_logger(__name__)
 class Outlet:
     """The way to the client of one response that has begun, and whose length was not told."""
 
-    __slots__ = ("_cycle", "_write")
+    __slots__ = ("_flow", "_transport", "_write")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        # Not the cycle: its scope holds this, and only the garbage collector would undo that circle.
+        self._flow = cycle.flow
+        self._transport = cycle.transport
         self._write = cycle.transport.write
 
     @property
     def is_clear(self) -> bool:
         """Whether the client is there and keeps up. If not, `send` knows how to wait."""
-        return not (self._cycle.flow.write_paused or self._cycle.disconnected)
+        return not (self._flow.write_paused or self._transport.is_closing())
 
     def write(self, data: bytes) -> None:
         """A piece of the body; not an empty one, which would end it."""
@@ -48,7 +50,7 @@ class Outlet:
 
     def abort(self) -> None:
         """Leave the client, with what it has not read."""
-        self._cycle.transport.abort()
+        self._transport.abort()
 
 
 class Connection(HttpToolsProtocol):
@@ -74,6 +76,8 @@ class Connection(HttpToolsProtocol):
         for timer in (self._header_timer, self._rest_timer, self._write_timer, self._close_timer):
             _cancel(timer)
         super().connection_lost(exc)
+        if self.cycle is not None and self.cycle.response_complete:
+            self.cycle = None  # type: ignore[assignment]  # as before the first; they hold one another
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

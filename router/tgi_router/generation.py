@@ -131,6 +131,7 @@ class Run:
         if not self._is_open:
             return
         self._is_open = False
+        self._mailbox.on_overflow.remove(self.close)
         if self.queue_timer is not None:
             self.queue_timer.cancel()
         generation = self._generation
@@ -343,7 +344,12 @@ class Generation:
         runs.extend(run for run in begun if isinstance(run, Run))
         for outcome in begun:
             if isinstance(outcome, BaseException):
-                raise outcome
+                try:
+                    raise outcome
+                finally:
+                    # Else the error, with all of the request, would hang on this frame, which hangs on the
+                    # error's traceback, until the garbage collector comes.
+                    del begun, outcome
         self._limit_queue_time(runs)
 
     def _limit_queue_time(self, runs: Sequence[Run]) -> None:

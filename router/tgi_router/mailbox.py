@@ -88,7 +88,7 @@ class Mailbox:
             self._post.add(self)
         if len(self._news) > MAX_UNREAD:
             self.close()
-            for end in self.on_overflow:
+            for end in tuple(self.on_overflow):  # which may take itself off
                 end()
 
     def wake(self) -> None:

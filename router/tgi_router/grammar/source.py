@@ -186,29 +186,28 @@ def _closed(schema: Any) -> Any:
 
 def _check_expansion(root: dict[str, Any]) -> None:
     """A few definitions that refer to one another twice each stand for a document of any size."""
-    sizes: dict[str, int] = {}
-
-    def size_of(schema: Any, open_refs: frozenset[str]) -> int:
-        if not isinstance(schema, dict):
-            return 1
-        total = 1
-        for key in ("$defs", "definitions"):
-            if key in schema:  # counted where it is referred to
-                schema = {name: value for name, value in schema.items() if name != key}
-        ref = schema.get("$ref")
-        if isinstance(ref, str) and ref not in open_refs:  # a recursion counts once
-            if ref not in sizes:
-                sizes[ref] = size_of(_resolve(root, ref), open_refs | {ref})
-            total += sizes[ref]
-        total += sum(size_of(child, open_refs) for child in _children(schema))
-        return total
-
     try:
-        size = size_of(root, frozenset())
+        size = _written_out(root, root, frozenset(), {})
     except RecursionError as error:
         raise GrammarError.invalid("its references form too long a chain") from error
     if size > MAX_WRITTEN_OUT:
         raise GrammarError.invalid(f"written out, its references stand for more than {MAX_WRITTEN_OUT} parts")
+
+
+def _written_out(schema: Any, root: dict[str, Any], open_refs: frozenset[str], sizes: dict[str, int]) -> int:
+    """In how many parts. sizes: of the references that were met before."""
+    if not isinstance(schema, dict):
+        return 1
+    total = 1
+    for key in ("$defs", "definitions"):
+        if key in schema:  # counted where it is referred to
+            schema = {name: value for name, value in schema.items() if name != key}
+    ref = schema.get("$ref")
+    if isinstance(ref, str) and ref not in open_refs:  # a recursion counts once
+        if ref not in sizes:
+            sizes[ref] = _written_out(_resolve(root, ref), root, open_refs | {ref}, sizes)
+        total += sizes[ref]
+    return total + sum(_written_out(child, root, open_refs, sizes) for child in _children(schema))
 
 
 def _resolve(root: dict[str, Any], ref: str) -> Any:
