@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,15 @@ def test_a_failed_download_ends_the_launcher(launch: Launch) -> None:
         assert server.pids("shard") == []
 
 
+@pytest.fixture
+def may_hang_up() -> Iterator[None]:
+    """Also where the tests themselves run under nohup: a process inherits what is ignored."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.usefixtures("may_hang_up")
 @pytest.mark.parametrize(("slow", "started"), [("download_s", "download"), ("load_s", "shard")])
 def test_may_be_stopped_before_it_serves(launch: Launch, slow: str, started: str) -> None:
     with launch(**{slow: 60}) as server:
