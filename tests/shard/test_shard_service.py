@@ -92,6 +92,18 @@ def add(sequence_id: int, prompt: list[int], sampling: pb.SamplingParameters = G
     )
 
 
+def first_plan(sequence_id: int, prompt: list[int], block_id: int) -> pb.StepPlan:
+    """A whole prompt that fits into one block."""
+    return pb.StepPlan(
+        step_id=1,
+        add=[add(sequence_id, prompt)],
+        run_sequence_ids=[sequence_id],
+        run_num_tokens=[len(prompt)],
+        run_num_new_blocks=[1],
+        new_block_ids=[block_id],
+    )
+
+
 def run_all(
     shards: list[ShardProcess], block_size: int, sampling: pb.SamplingParameters = GREEDY
 ) -> list[list[int]]:
@@ -222,14 +234,7 @@ def test_a_broken_stream_is_forgotten(shard: ShardProcess, expected: list[list[i
 def test_a_second_stream_takes_over(shard: ShardProcess, expected: list[list[int]]) -> None:
     (warm,) = warm_up([shard])
     old = RunStream([shard])
-    plan = pb.StepPlan(
-        step_id=1,
-        add=[add(11, [1, 2])],
-        run_sequence_ids=[11],
-        run_num_tokens=[2],
-        run_num_new_blocks=[1],
-        new_block_ids=[5],
-    )
+    plan = first_plan(11, [1, 2], block_id=5)
     old.send(plan)
     old.receive()
     assert run_all([shard], warm.block_size) == expected
@@ -302,14 +307,7 @@ def test_a_rank_without_its_peer_ends_with_an_error(checkpoint: Path, tmp_path: 
         stream = RunStream(shards)
         shards[1].process.kill()
         shards[1].process.wait()
-        plan = pb.StepPlan(
-            step_id=1,
-            add=[add(1, [5, 6])],
-            run_sequence_ids=[1],
-            run_num_tokens=[2],
-            run_num_new_blocks=[1],
-            new_block_ids=[0],
-        )
+        plan = first_plan(1, [5, 6], block_id=0)
         stream.send(plan)
         with pytest.raises(grpc.RpcError) as failure:
             next(stream.calls[0])
@@ -324,14 +322,7 @@ def test_a_rank_that_waits_for_a_plan_that_its_peer_never_got_ends(checkpoint: P
     with running(checkpoint, tmp_path, world_size=2) as shards:
         warm_up(shards)
         stream = RunStream(shards[:1])
-        plan = pb.StepPlan(
-            step_id=1,
-            add=[add(1, [5, 6])],
-            run_sequence_ids=[1],
-            run_num_tokens=[2],
-            run_num_new_blocks=[1],
-            new_block_ids=[0],
-        )
+        plan = first_plan(1, [5, 6], block_id=0)
         stream.send(plan)
         wait_until_in_a_step(shards[0])
         stream.break_off()
