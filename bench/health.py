@@ -17,10 +17,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,8 +26,8 @@ from pathlib import Path
 
 import aiohttp
 import uvloop
+from soak import free_port, serving, wait_until_ready
 
-START_TIMEOUT_S = 600.0
 NUM_WORDS = 1000
 STREAM_TOKENS = 400
 MAX_TOTAL_TOKENS = 36_000
@@ -97,7 +93,7 @@ def background(target: object, *arguments: object) -> Iterator[None]:
         process.join(30)
 
 
-# The server
+# The model
 
 
 def make_model(folder: Path) -> None:
@@ -129,54 +125,6 @@ def make_model(folder: Path) -> None:
 def prompt_of(num_tokens: int, seed: int) -> str:
     draw = random.Random(seed)
     return " ".join(f"w{draw.randrange(NUM_WORDS)}" for _ in range(num_tokens))
-
-
-@contextlib.contextmanager
-def running_server(folder: Path, num_streams: int) -> Iterator[int]:
-    """Its port."""
-    port = free_port()
-    log_path = folder / "log"
-    with log_path.open("wb") as log:
-        launcher = subprocess.Popen(
-            [
-                *(str(Path(sys.executable).with_name("text-generation-launcher")), "--model-id", str(folder)),
-                *("--hostname", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())),
-                *(
-                    "--max-total-tokens",
-                    str(MAX_TOTAL_TOKENS),
-                    "--max-input-tokens",
-                    str(MAX_TOTAL_TOKENS - 1),
-                ),
-                *("--max-concurrent-requests", str(num_streams + 8), "--max-batch-prefill-tokens", "2048"),
-                *("--shard-uds-path", str(folder / "shard"), "--master-port", str(free_port())),
-            ],
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            wait_until_ready(port, launcher, log_path)
-            yield port
-        finally:
-            launcher.send_signal(signal.SIGTERM)
-            try:
-                launcher.wait(60)
-            except subprocess.TimeoutExpired:
-                launcher.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def wait_until_ready(port: int, launcher: "subprocess.Popen[bytes]", log_path: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and launcher.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.2)
-    sys.exit(f"the server did not start:\n{log_path.read_text()[-4000:]}")
 
 
 # The load
@@ -252,20 +200,25 @@ def main() -> None:
         make_model(folder)
         probes: Queue[Probe] = multiprocessing.get_context("spawn").Queue()
         bare_port = free_port()
-        with (
-            running_server(folder, arguments.streams) as port,
-            background(serve_bare, bare_port),
-        ):
+        limits = {
+            "--max-total-tokens": MAX_TOTAL_TOKENS,
+            "--max-input-tokens": MAX_TOTAL_TOKENS - 1,
+            "--max-concurrent-requests": arguments.streams + 8,
+            "--max-batch-prefill-tokens": 2048,
+        }
+        options = [str(word) for option in limits.items() for word in option]
+        with serving(str(folder), options) as server, background(serve_bare, bare_port):
+            asyncio.run(wait_until_ready(server))
             time.sleep(2)
             print(f"load average {os.getloadavg()[0]:.1f}")
             print(
                 "| situation | answered by | probes | p50 ms | p99 ms | max ms |\n|---|---|---|---|---|---|"
             )
-            with background(probe, {"health": port, "bare": bare_port}, arguments.rate, probes):
+            ports = {"health": int(server.url.rpartition(":")[2]), "bare": bare_port}
+            with background(probe, ports, arguments.rate, probes):
                 for situation, (num_streams, prompt_tokens) in situations.items():
                     began_at = time.monotonic()
-                    url = f"http://127.0.0.1:{port}"
-                    done = asyncio.run(load(url, num_streams, prompt_tokens, arguments.seconds))
+                    done = asyncio.run(load(server.url, num_streams, prompt_tokens, arguments.seconds))
                     seen: dict[str, list[float]] = {"health": [], "bare": []}
                     while not probes.empty():
                         one = probes.get()
