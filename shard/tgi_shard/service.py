@@ -190,7 +190,7 @@ class Service(pb_grpc.TextGenerationServicer):
         self._engine: Engine | None = None
         self._warm_up: tuple[Limits, asyncio.Task[Engine]] | None = None  # under way or done
         self._stream: _Stream | None = None  # the open one
-        self._leaving: asyncio.Task[None] | None = None  # after the latest stream; asyncio keeps no task alive
+        self._leaving: asyncio.Task[None] | None = None  # asyncio keeps no task alive
 
     async def Info(self, request: pb.InfoRequest, context: "Context") -> pb.InfoResponse:
         return pb.InfoResponse(
